@@ -1,0 +1,119 @@
+"""Every hyper-parameter of the model, its input quantization and its optimizer: plain dataclasses, a comment a field.
+
+They are the YAML's vocabulary (LightningCLI shows the comments as help) and travel in checkpoints as plain dicts.
+A user's mistake raises ``ValueError`` with one line that names the field, the reason and the mend.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Site = Literal["qkv", "attn_proj", "mlp_in", "mlp_proj"]
+SITES: tuple[Site, ...] = ("qkv", "attn_proj", "mlp_in", "mlp_proj")
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the decoder.
+
+    Attributes:
+        style: Block style. "neox": LayerNorm, biases and GELU (the paper's; exports as GPT-NeoX); "llama": RMSNorm
+            and SwiGLU (exports as Llama).
+        num_layers: Number of blocks.
+        width: Width of the residual stream.
+        num_heads: Attention heads; divides the width, and width / num_heads is even (rotary positions).
+        num_kv_heads: Key/value heads (grouped-query attention, "llama" only); null means num_heads.
+        mlp_width: Hidden width of the MLP; null means 4 × width for "neox", 8/3 × width rounded up to 64 for "llama".
+        context: Longest sequence, in tokens.
+        rope_theta: Base of the rotary frequencies.
+        norm_eps: ε of the norms.
+        tie_embeddings: Share the embedding matrix with the LM head.
+        init_std: Standard deviation of the initial weights; the two projections into the residual stream get
+            init_std / √(2 · num_layers).
+    """
+
+    style: Literal["neox", "llama"] = "neox"
+    num_layers: int = 4
+    width: int = 128
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    mlp_width: int | None = None
+    context: int = 256
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise ValueError(f"width {self.width} does not split into {self.num_heads} heads of even width: change one")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}: change one")
+        if self.style == "neox" and self.kv_heads != self.num_heads:
+            raise ValueError('num_kv_heads needs style "llama": GPT-NeoX has no grouped-query attention')
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def hidden_width(self) -> int:
+        default = 4 * self.width if self.style == "neox" else -(-8 * self.width // 3 // 64) * 64
+        return self.mlp_width or default
+
+
+@dataclass
+class QuantConfig:
+    """How the inputs of the linears inside blocks are quantized while training and validating.
+
+    Attributes:
+        activations: "none": inputs stay as they are; "static": learned clips, one pair a linear (the method);
+            "clamp": inputs are clamped to the clips but not rounded (the paper's activation clamping); "token":
+            dynamic asymmetric min-max per token (the paper's RTN; for models trained without clips).
+        activation_bits: Bits of the grid, 2-8.
+        zero_point: "integer" (zero is exact; kernels and formats can hold it) or "real" (as published).
+        sites: Linear inputs that are quantized.
+        outside_gradient: Gradient of an input outside its clips. "masked": none, as published; "passed": unchanged;
+            "inward": only where a descent step would bring the input back inside.
+    """
+
+    activations: Literal["none", "static", "clamp", "token"] = "static"
+    activation_bits: int = 4
+    zero_point: Literal["integer", "real"] = "integer"
+    sites: list[Site] = field(default_factory=lambda: list(SITES))
+    outside_gradient: Literal["masked", "passed", "inward"] = "inward"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.activation_bits <= 8:
+            raise ValueError(f"activation_bits {self.activation_bits} is out of range: choose 2 to 8")
+        unknown = sorted(set(self.sites) - set(SITES))
+        if unknown:
+            raise ValueError(f"unknown sites {unknown}: choose from {list(SITES)}")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning-rate schedule: linear warm-up, then cosine down to a share of the peak.
+
+    Attributes:
+        lr: Peak learning rate.
+        warmup_steps: Optimizer steps of linear warm-up.
+        decay_steps: Optimizer step at which the cosine ends; null means the trainer's max_steps.
+        min_lr_ratio: Learning rate at the end, as a share of the peak.
+        weight_decay: Decoupled decay of matrices; norms, biases and clips have none.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: ε of the denominator.
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    decay_steps: int | None = None
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8

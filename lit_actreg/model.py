@@ -1,0 +1,136 @@
+"""The decoder: embeddings, pre-norm blocks of one of two styles, a final norm and the LM head. No Lightning in here.
+
+A block has four linears, named by their input site (in order "qkv", "attn_proj", "mlp_in", "mlp_proj"), and returns
+its output with a small vector of statistics of those linears' outputs, one number per loss term and site. Returning
+them, rather than collecting them in hooks, is what stays right under torch.compile, activation checkpointing and
+FSDP2 alike.
+
+Shapes: B sequences, T tokens, D width, H heads, K/V heads G, head width E, vocabulary V.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_actreg.config import SITES, ModelConfig, QuantConfig
+from lit_actreg.contracts import LossTerm
+from lit_actreg.quant.linear import QuantLinear
+
+
+def rotary_angles(num_tokens: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, E] of the rotary positions, float32, halves repeated (the GPT-NeoX and Llama convention)."""
+    frequencies = theta ** -(torch.arange(0, head_width, 2, device=device, dtype=torch.int64).float() / head_width)
+    angles = torch.outer(torch.arange(num_tokens, device=device).float(), frequencies)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies rotary positions to x [B, H, T, E]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)): [B, T, D] → ([B, T, D], statistics [S])."""
+
+    def __init__(self, config: ModelConfig, quant: QuantConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.loss_terms: tuple[LossTerm, ...] = ()
+        width, hidden, bias = config.width, config.hidden_width, config.style == "neox"
+        num_qkv = (config.num_heads + 2 * config.kv_heads) * config.head_width
+        norm = nn.LayerNorm if config.style == "neox" else nn.RMSNorm
+        self.norm_1 = norm(width, eps=config.norm_eps)
+        self.qkv = QuantLinear(width, num_qkv, bias, "qkv", quant)
+        self.attn_proj = QuantLinear(width, width, bias, "attn_proj", quant)
+        self.norm_2 = norm(width, eps=config.norm_eps)
+        # "llama": the rows of gate, then the rows of up
+        self.mlp_in = QuantLinear(width, hidden if bias else 2 * hidden, bias, "mlp_in", quant)
+        self.mlp_proj = QuantLinear(hidden, width, bias, "mlp_proj", quant)
+
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Causal attention: [B, T, (H + 2G)·E] → [B, T, D]."""
+        c = self.config
+        num_batch, num_tokens, _ = qkv.shape
+        heads = qkv.view(num_batch, num_tokens, c.num_heads + 2 * c.kv_heads, c.head_width).transpose(1, 2)
+        q, k, v = heads.split([c.num_heads, c.kv_heads, c.kv_heads], dim=1)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.kv_heads != c.num_heads)
+        return y.transpose(1, 2).reshape(num_batch, num_tokens, c.width)
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """GELU of the hidden layer, or SiLU(gate) · up."""
+        if self.config.style == "neox":
+            return F.gelu(hidden)
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = {"qkv": self.qkv(self.norm_1(x_BTD))}
+        outputs["attn_proj"] = self.attn_proj(self.attend(outputs["qkv"], cos, sin))
+        x_BTD = x_BTD + outputs["attn_proj"]
+        outputs["mlp_in"] = self.mlp_in(self.norm_2(x_BTD))
+        outputs["mlp_proj"] = self.mlp_proj(self.activate(outputs["mlp_in"]))
+        x_BTD = x_BTD + outputs["mlp_proj"]
+        statistics = [term.statistic(outputs[site]) for term in self.loss_terms for site in term.sites]
+        return x_BTD, torch.stack(statistics) if statistics else x_BTD.new_zeros(0, dtype=torch.float32)
+
+
+class Decoder(nn.Module):
+    """The language model: token ids [B, T] → hidden states [B, T, D]; :meth:`logits` gives [B, T, V]."""
+
+    def __init__(self, config: ModelConfig, quant: QuantConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.quant, self.vocab_size = config, quant, vocab_size
+        self.embedding = nn.Embedding(vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, quant) for _ in range(config.num_layers))
+        self.norm = (nn.LayerNorm if config.style == "neox" else nn.RMSNorm)(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal weights, zero biases; the projections into the residual stream are scaled down with depth (GPT-2)."""
+        std = self.config.init_std
+        nn.init.normal_(self.embedding.weight, std=std)
+        nn.init.normal_(self.head.weight, std=std)
+        for block in self.blocks:
+            for site in SITES:
+                linear = getattr(block, site)
+                into_residual = site in ("attn_proj", "mlp_proj")
+                nn.init.normal_(linear.weight, std=std / math.sqrt(2 * len(self.blocks)) if into_residual else std)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def set_loss_terms(self, terms: tuple[LossTerm, ...]) -> None:
+        """Chooses the statistics that every block returns; to be called before compilation."""
+        for block in self.blocks:
+            block.loss_terms = terms
+
+    def embed(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the blocks take: x [B, T, D] and the rotary cos and sin [T, E]."""
+        cos, sin = rotary_angles(ids.shape[1], self.config.head_width, self.config.rope_theta, ids.device)
+        return self.embedding(ids), cos, sin
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, T, D] after the final norm, and the blocks' statistics [L, S] (float32)."""
+        x, cos, sin = self.embed(ids)
+        statistics = []
+        for block in self.blocks:
+            x, block_statistics = block(x, cos, sin)
+            statistics.append(block_statistics)
+        return self.norm(x), torch.stack(statistics)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        return self.head(hidden_BTD)
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """Number of parameters; without the embedding and an untied head if ``embeddings`` is False."""
+        total = sum(p.numel() for p in self.parameters())
+        outside = {id(p): p.numel() for p in (self.embedding.weight, self.head.weight)}
+        return total if embeddings else total - sum(outside.values())

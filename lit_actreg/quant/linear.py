@@ -1,0 +1,55 @@
+"""The linear layer of the method: a float weight whose input passes a 4-bit grid.
+
+The clips are two parameters of shape [1] (FSDP2 refuses 0-dimensional ones). They are learned by gradient; how fast,
+from when on and from which start is the clip schedule's business (:mod:`lit_actreg.callbacks.clip_schedule`).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lit_actreg.config import QuantConfig, Site
+from lit_actreg.quant.fake_quant import fake_quantize, fake_quantize_per_token
+
+# Lower bounds of the activation functions: a clip below them would waste codes. min GELU(x) = −0.16997 at x = −0.7518.
+GELU_MINIMUM = -0.17
+
+
+class InputQuantizer(nn.Module):
+    """Puts the input of one site on its grid: [..., K] → [..., K], same dtype.
+
+    Args:
+        site: Which of the block's four linear inputs this is.
+        config: Grid, gradient treatment, and which sites are quantized.
+    """
+
+    def __init__(self, site: Site, config: QuantConfig) -> None:
+        super().__init__()
+        self.site = site
+        self.outside = config.outside_gradient
+        self.integer_zero_point = config.zero_point == "integer"
+        self.bits = config.activation_bits
+        self.mode = config.activations if site in config.sites else "none"
+        self.low = nn.Parameter(torch.full((1,), -4.0))
+        self.high = nn.Parameter(torch.full((1,), 4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "none":
+            return x
+        if self.mode == "token":
+            return fake_quantize_per_token(x, self.bits)
+        rounds = self.mode == "static"
+        return fake_quantize(x, self.low, self.high, self.bits, self.integer_zero_point, self.outside, rounds)
+
+    def extra_repr(self) -> str:
+        return f"{self.site}, {self.mode}, {self.bits} bits"
+
+
+class QuantLinear(nn.Linear):
+    """y = W x̂ + b with x̂ = ``input_quantizer(x)``: [..., K] → [..., N]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, site: Site, config: QuantConfig) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.input_quantizer = InputQuantizer(site, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.input_quantizer(x))
