@@ -1,0 +1,95 @@
+"""A linear layer whose weight is integer codes and whose input passes its grid: what an artifact is made of.
+
+    x̂ = (clamp(round(x / s_x + z_x)) − z_x) · s_x        Ŵ = (q − z_w) · s_w        y = x̂ Ŵᵀ + b
+
+all in float32: to the bit what transformers + compressed-tensors computes from the same checkpoint, and what the
+fake-quantized layer computed in training with Ŵ in place of W. It is the reference; integer kernels replace it
+(plugins/w4a4_precision.py), and it is what runs where they cannot serve.
+"""
+
+import torch
+import torch.nn.functional as F
+from lit_actreg_kernels import grid
+from torch import Tensor, nn
+
+from lit_actreg.contracts import QuantizedWeight
+from lit_actreg.quant.linear import InputQuantizer
+from lit_actreg.quant.weight_grid import dequantize_weight
+
+
+class QuantizedLinear(nn.Module):
+    """y = Ŵ x̂ + b: [..., K] → [..., N], computed in float32, returned in the input's dtype.
+
+    Args:
+        weight: Codes int8 [N, K], scale float32 [N, G], zero point int8 [N, G] or None, and the bits of the grid.
+        bias: float32 [N] or None.
+        activations: Grid of the input. "static": ``input_scale`` and ``input_zero_point``; "token": each token's
+            own min-max grid; "none": the input stays as it is (weights only).
+        activation_bits: Bits of that grid.
+        input_scale: float32 [1], "static" only.
+        input_zero_point: int8 [1], "static" only.
+    """
+
+    codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        activations: str,
+        activation_bits: int,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        assert activations in ("static", "token", "none"), activations
+        assert (activations == "static") == (input_scale is not None) == (input_zero_point is not None)
+        self.out_features, self.in_features = weight.codes.shape
+        self.weight_bits, self.activations, self.activation_bits = weight.bits, activations, activation_bits
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("weight_scale", weight.scale)
+        self.register_buffer("weight_zero_point", weight.zero_point)
+        self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_zero_point", input_zero_point)
+
+    @classmethod
+    def from_input_quantizer(
+        cls, weight: QuantizedWeight, bias: Tensor | None, quantizer: InputQuantizer
+    ) -> "QuantizedLinear":
+        """Takes the input's grid from a trained layer; its learned clips become a scale and an integer zero point."""
+        if quantizer.mode != "static":
+            mode = quantizer.mode if quantizer.mode == "token" else "none"
+            return cls(weight, bias, mode, quantizer.bits)
+        assert quantizer.integer_zero_point, "no format holds a real zero point"
+        low, high = quantizer.low.detach().float(), quantizer.high.detach().float()
+        scale, zero_point = grid.grid_from_clips(low, high, quantizer.bits)
+        return cls(weight, bias, "static", quantizer.bits, scale, zero_point.to(torch.int8))
+
+    def dequantized_weight(self) -> Tensor:
+        """Ŵ, float32 [N, K]."""
+        return dequantize_weight(self.codes, self.weight_scale, self.weight_zero_point)
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes int8 of x [..., K] with their scale and zero point ([1], or [..., 1] per token)."""
+        if self.activations == "token":
+            scale, zero_point = grid.grid_per_token(x, self.activation_bits)
+        else:
+            assert self.input_scale is not None and self.input_zero_point is not None
+            scale, zero_point = self.input_scale, self.input_zero_point
+        return grid.quantize(x, scale, zero_point, self.activation_bits), scale, zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x_hat = x.float() if self.activations == "none" else grid.dequantize(*self.quantize_input(x.float()))
+            return F.linear(x_hat, self.dequantized_weight(), self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        inputs = "" if self.activations == "none" else f"A{self.activation_bits} {self.activations}, "
+        groups = self.weight_scale.shape[1]
+        return f"{self.in_features}, {self.out_features}, {inputs}W{self.weight_bits}, {groups} groups a row"
