@@ -11,7 +11,7 @@ the columns before i are fixed. The damping is relative: λ = damping · mean(di
 
 How U is found: H⁻¹ is never formed. With J the reversal of the order of columns, J(H + λI)J = LLᵀ gives U = (JLJ)⁻¹:
 one Cholesky and one triangular inverse, in float64, because calibration inputs are nearly dependent and float32 fails
-on Hessians (condition above 1e7) that float64 factors without a word; at K = 8192 it takes well below a second on a GPU.
+on Hessians (condition above 1e7) that float64 factors without a word.
 
 Blocks: updates within ``block_size`` columns are made at once; those of all later columns wait for the end of the
 block and are one matrix product (the paper's lazy batch updates, same result).
@@ -26,10 +26,11 @@ and after that the layer is rounded to nearest ("fallback").
 """
 
 import torch
-from lit_actreg.contracts import QuantizedWeight, Quantizer
-from lit_actreg.quant.weight_grid import ScaleSearch, num_groups, round_to_nearest, weight_grid
 from lit_actreg_kernels import grid
 from torch import Tensor
+
+from lit_actreg.contracts import QuantizedWeight, Quantizer
+from lit_actreg.quant.weight_grid import ScaleSearch, num_groups, round_to_nearest, weight_grid
 
 
 def inverse_factor(hessian: Tensor) -> Tensor | None:

@@ -1,8 +1,9 @@
 """RTN: every weight to the nearest code of its grid, no calibration. Method and formulas: quant/weight_grid.py."""
 
+from torch import Tensor
+
 from lit_actreg.contracts import QuantizedWeight, Quantizer
 from lit_actreg.quant.weight_grid import ScaleSearch, round_to_nearest
-from torch import Tensor
 
 
 class RTN(Quantizer):

@@ -8,7 +8,8 @@ The hidden states of all calibration tokens live in host memory; one block is on
 3. the hidden states are replaced by the quantized block's outputs.
 
 So every error of the layers before is in what a layer is fitted to. Peak memory: the model, one block, H of the
-sites that are measured together, one batch's activations, and num_tokens × width × 4 bytes of hidden states on the host.
+sites that are measured together, one batch's activations, and on the host num_tokens × width × 4 bytes of hidden
+states.
 
 Everything is float32: K × K products of a batch's inputs, summed over batches.
 """

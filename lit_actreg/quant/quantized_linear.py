@@ -80,7 +80,8 @@ class QuantizedLinear(nn.Module):
         if self.activations == "token":
             scale, zero_point = grid.grid_per_token(x, self.activation_bits)
         else:
-            assert self.input_scale is not None and self.input_zero_point is not None
+            assert self.input_scale is not None
+            assert self.input_zero_point is not None
             scale, zero_point = self.input_scale, self.input_zero_point
         return grid.quantize(x, scale, zero_point, self.activation_bits), scale, zero_point
 

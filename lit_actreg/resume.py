@@ -1,0 +1,84 @@
+"""The unfinished work of one quantization: a file a finished block, in a folder beside the output.
+
+Every file is written beside its place and renamed, so that a block is there whole or not at all, whenever the process
+was killed. The folder remembers the fingerprint of the job, and refuses any other.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_actreg.config import SITES, QuantConfig, Site
+from lit_actreg.contracts import QuantizedWeight
+from lit_actreg.model import Decoder
+
+
+def fingerprint(model: Decoder, quant: QuantConfig, quantizer: dict[str, Any], calibration: Sequence[Tensor]) -> str:
+    """A hash of all that decides the codes: weights, options, calibration tokens."""
+    digest = hashlib.sha256(json.dumps([asdict(model.config), asdict(quant), quantizer], sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    for ids in calibration:
+        digest.update(str(tuple(ids.shape)).encode())
+        digest.update(ids.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+class WorkFolder:
+    """Finished blocks of one job: job.json with its fingerprint, block_<i>.safetensors with codes and report lines."""
+
+    def __init__(self, path: Path, job: str, overwrite: bool) -> None:
+        self.path = path
+        if path.exists() and overwrite and self._job() != job:
+            shutil.rmtree(path)
+        if path.exists() and self._job() != job:
+            raise FileExistsError(
+                f"{path} holds the unfinished work of another model or other options: repeat that command, delete the "
+                "folder, or set overwrite"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "job.json").write_text(json.dumps({"fingerprint": job}) + "\n")
+
+    def _job(self) -> str | None:
+        try:
+            return json.loads((self.path / "job.json").read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"block_{index:04d}.safetensors"
+
+    def save(self, index: int, weights: dict[Site, QuantizedWeight], layers: list[dict[str, Any]]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for site, weight in weights.items():
+            tensors |= {f"{site}.codes": weight.codes, f"{site}.scale": weight.scale}
+            if weight.zero_point is not None:
+                tensors[f"{site}.zero_point"] = weight.zero_point
+        partial = self._file(index).with_suffix(".partial")
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, {"layers": json.dumps(layers)})
+        os.replace(partial, self._file(index))
+
+    def load(self, index: int, bits: int) -> tuple[dict[Site, QuantizedWeight], list[dict[str, Any]]] | None:
+        """The finished block, or None where it is not finished."""
+        if not self._file(index).exists():
+            return None
+        with safe_open(self._file(index), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            layers = json.loads(file.metadata()["layers"])
+        weights = {
+            site: QuantizedWeight(
+                tensors[f"{site}.codes"], tensors[f"{site}.scale"], tensors.get(f"{site}.zero_point"), bits
+            )
+            for site in SITES
+        }
+        return weights, layers
