@@ -1,0 +1,120 @@
+"""Triton quantizers of activations: a static grid (one pass), and one grid a token (min-max, then the codes).
+
+    q = clamp(round(x / s + z), −2^(b−1), 2^(b−1) − 1)                                      (:mod:`.grid`)
+
+Codes must equal :func:`.grid.quantize` bit for bit, so the division is the IEEE one (`div_rn`; Triton's `/` is an
+approximation) and rounding is half to even. The latter is had by adding and subtracting 1.5 · 2^23: float32 numbers of
+that size are the integers, so the addition itself rounds. It is exact here because the clamp comes first (clamping to
+integers and rounding commute), and it runs in the interpreter too, where libdevice's `rint` does not.
+
+Both kernels are bound by memory: 2 bytes in and 1 out a bfloat16 element.
+
+x is contiguous float32, bfloat16 or float16; scale and zero point are float32 [1], read on the device, so neither
+learned clips nor CUDA graphs need a synchronization.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from lit_actreg_kernels.grid import code_range
+from torch import Tensor
+
+_BLOCK = 2048
+# A token of up to this many elements is kept in registers between the two passes of the per-token kernel.
+_MAX_ROW_BLOCK = 16384
+
+
+@triton.jit
+def round_half_even(x):
+    """Nearest integer of float32 |x| < 2^22, ties to even."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def to_codes(x, scale, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
+    """int8 codes of x (any float dtype) on the grid; scale and zero point broadcast against x."""
+    u = tl.div_rn(x.to(tl.float32), scale) + zero_point
+    return round_half_even(tl.minimum(tl.maximum(u, Q_MIN * 1.0), Q_MAX * 1.0)).to(tl.int8)
+
+
+@triton.jit
+def _static_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_point_ptr, num, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, BLOCK: tl.constexpr
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=offsets < num, other=0.0)
+    codes = to_codes(x, tl.load(scale_ptr), tl.load(zero_point_ptr), Q_MIN, Q_MAX)
+    tl.store(q_ptr + offsets, codes, mask=offsets < num)
+
+
+@triton.jit
+def _per_token_kernel(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    K,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    low, high = tl.min(x, 0), tl.max(x, 0)  # the padding's zeros do no harm: the grid includes zero anyway
+    if not ONE_BLOCK:
+        for start in range(BLOCK_K, K, BLOCK_K):
+            x = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+            low, high = tl.minimum(low, tl.min(x, 0)), tl.maximum(high, tl.max(x, 0))
+    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
+    scale = tl.maximum(tl.div_rn(high - low, (Q_MAX - Q_MIN) * 1.0), 1e-8)
+    zero_point = round_half_even(tl.minimum(tl.maximum(Q_MIN - tl.div_rn(low, scale), Q_MIN * 1.0), Q_MAX * 1.0))
+    tl.store(scale_ptr + row, scale)
+    tl.store(zero_point_ptr + row, zero_point)
+    if ONE_BLOCK:
+        tl.store(q_ptr + row * K + k, to_codes(x, scale, zero_point, Q_MIN, Q_MAX), mask=k < K)
+    else:
+        for start in range(0, K, BLOCK_K):
+            x = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0)
+            codes = to_codes(x, scale, zero_point, Q_MIN, Q_MAX)
+            tl.store(q_ptr + row * K + start + k, codes, mask=start + k < K)
+
+
+def num_warps_for(block: int) -> int:
+    """Warps for a block of so many elements: about 16 elements a thread, 1 to 16 warps."""
+    return max(1, min(16, block // 512))
+
+
+def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes int8 of contiguous x [..., K] on the grid of scale and zero point [1]."""
+    codes = torch.empty_like(x, dtype=torch.int8)
+    if x.numel():
+        q_min, q_max = code_range(bits)
+        programs = (triton.cdiv(x.numel(), _BLOCK),)
+        _static_kernel[programs](x, codes, scale, zero_point, x.numel(), q_min, q_max, BLOCK=_BLOCK, num_warps=4)
+    return codes
+
+
+def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 of contiguous x [..., K] and every token's scale and zero point, float32 [..., 1]."""
+    codes = torch.empty_like(x, dtype=torch.int8)
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    zero_point = torch.empty_like(scale)
+    if x.numel():
+        q_min, q_max = code_range(bits)
+        num_columns = x.shape[-1]
+        block = min(triton.next_power_of_2(num_columns), _MAX_ROW_BLOCK)
+        _per_token_kernel[(scale.numel(),)](
+            x,
+            codes,
+            scale,
+            zero_point,
+            num_columns,
+            q_min,
+            q_max,
+            BLOCK_K=block,
+            ONE_BLOCK=num_columns <= block,
+            num_warps=num_warps_for(block),
+        )
+    return codes, scale, zero_point

@@ -1,0 +1,375 @@
+"""Triton W4A4 linear: 4-bit weights packed two a byte, int8 activation codes, int32 accumulation, fused epilogue.
+
+    y_mn = s_x · s_w · (Σ_k a_mk w_nk − z_x · Σ_k w_nk) + b_n + r_mn                       (:mod:`.reference`)
+
+**Unpacking.** Byte j of a weight row holds w_j in its low nibble and w_{j+P} in its high one, P bytes a row
+(:func:`.grid.pack_int4`). Read as int8, `byte & 0xF0` is 16 w_{j+P}, sign and all, and `(byte << 4) & 0xF0` is 16 w_j:
+one and two operations on four bytes at a time, where sign extension would take many. The product carries the factor 16,
+which the epilogue shifts out; |16 · 8 · 128 · K| < 2^31 keeps it exact for K < 131,072. The two halves of the row are
+two dots with the two halves of the activations, so nothing is ever interleaved. Triton shifts int8 lane by lane (a
+128 × 128 × 128-byte step of the loop compiled to 667 instructions on sm_90), so the shift is one line of PTX on
+four bytes (254 instructions); the interpreter, which has no inline assembly, takes the plain expression.
+
+**Orientation.** The tile computed is y^T = W · A^T: the unpacked weights are in registers, and only the left operand of
+Hopper's wgmma may come from there. INT4 tensor cores do not exist on sm_90 and later, so int8 ones do the work and
+four bits buy bandwidth and memory.
+
+**Two regimes, one kernel.** Many tokens: 128 × 128 tiles, two programs a multiprocessor so that one unpacks while
+the other multiplies, ordered so that neighbours share weights in L2. Few tokens (M ≤ 64): the weights are read once and
+that is the time it takes; tiles are narrow in N to have enough of them, and K is split when there are still too few.
+Split programs write int32 partial sums and a second kernel adds them: integers, so the result does not depend on the
+order. With a static grid and few tokens the activations are quantized inside the loop (``QUANTIZE``), which saves a
+launch.
+
+**Groups.** With G scales a row the int32 sum ends at every group's border and is scaled into a float32 one. That
+kernel picks the nibble by column, because a group may straddle the two halves.
+
+Contiguous tensors: codes int8 [M, K] or x [M, K] of a float dtype; packed uint8 [N, P] with 2P ≥ K and zero codes from
+K on; the rest as in :mod:`.reference`. Any M, N, K < 131,072. sm_80 or later.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from lit_actreg_kernels.act_quant import to_codes
+from lit_actreg_kernels.grid import code_range
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes: block_m tokens × block_n outputs, block_k packed bytes (2 block_k columns) a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+
+
+@triton.jit
+def times_16_low(packed, ASM: tl.constexpr):
+    """16 · (low nibble, signed) of every byte, int8."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r",
+            [packed],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return (packed << 4).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def times_16_high(packed):
+    """16 · (high nibble, signed) of every byte, int8."""
+    return (packed & 0xF0).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _finish(
+    y,
+    y_ptr,
+    act_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    m,
+    n,
+    M,
+    N,
+    PER_TOKEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Scales y [BLOCK_N, BLOCK_M] (float32, weights' scales applied) by s_x, adds bias and residual, stores y^T."""
+    y *= tl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    y = tl.trans(y)
+    offsets = m.to(tl.int64)[:, None] * N + n[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN: tl.constexpr):
+    """s_w · (acc − z_x · Σ w), float32 [BLOCK_N, BLOCK_M]; acc int32 without the factor 16, one scale a channel."""
+    zero_point = tl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
+    sums = tl.load(weight_sums_ptr + n, mask=n < N, other=0).to(tl.float32)
+    weight_scale = tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
+    return weight_scale[:, None] * (acc.to(tl.float32) - zero_point[None, :] * sums[:, None])
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr,
+    packed_ptr,
+    y_ptr,
+    act_scale_ptr,
+    act_zero_point_ptr,
+    weight_scale_ptr,
+    weight_sums_ptr,
+    bias_ptr,
+    residual_ptr,
+    M,
+    N,
+    K,
+    P,
+    PER_TOKEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # GROUP_M tiles of tokens go through all outputs together: their activations stay in L2, weights pass through.
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first_m = tl.program_id(0) // (GROUP_M * num_n) * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    within = tl.program_id(0) % (GROUP_M * num_n)
+    m = (first_m + within % rows) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (within // rows) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    split = tl.program_id(1)
+    steps = tl.cdiv(tl.cdiv(P, BLOCK_K), SPLIT_K)
+    start = split * steps * BLOCK_K
+    j = start + tl.arange(0, BLOCK_K)
+    low_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + j[:, None]
+    high_ptrs = low_ptrs + P
+    packed_ptrs = packed_ptr + n.to(tl.int64)[:, None] * P + j[None, :]
+    m_inside, n_inside = (m < M)[None, :], (n < N)[:, None]
+    if QUANTIZE:
+        scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for base in range(start, min(start + steps * BLOCK_K, P), BLOCK_K):
+        if EVEN_K:
+            packed = tl.load(packed_ptrs, mask=n_inside, other=0)
+            low = tl.load(low_ptrs, mask=m_inside, other=0)
+            high = tl.load(high_ptrs, mask=m_inside, other=0)
+        else:
+            # A byte past P reads as two zero codes, so what the low half of x holds there does not matter.
+            k = base + tl.arange(0, BLOCK_K)
+            packed = tl.load(packed_ptrs, mask=n_inside & (k < P)[None, :], other=0)
+            low = tl.load(low_ptrs, mask=m_inside & (k < K)[:, None], other=0)
+            high = tl.load(high_ptrs, mask=m_inside & (k + P < K)[:, None], other=0)
+        if QUANTIZE:
+            low = to_codes(low, scale, zero_point, Q_MIN, Q_MAX)
+            high = to_codes(high, scale, zero_point, Q_MIN, Q_MAX)
+        acc = tl.dot(times_16_low(packed, ASM), low, acc, out_dtype=tl.int32)
+        acc = tl.dot(times_16_high(packed), high, acc, out_dtype=tl.int32)
+        low_ptrs += BLOCK_K
+        high_ptrs += BLOCK_K
+        packed_ptrs += BLOCK_K
+    acc = acc >> 4
+
+    if SPLIT_K > 1:
+        partial_ptrs = y_ptr + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
+        tl.store(partial_ptrs, acc, mask=m_inside & n_inside)
+    else:
+        y = _correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
+        _finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
+
+
+@triton.jit
+def _reduce_kernel(
+    partial_ptr,
+    y_ptr,
+    act_scale_ptr,
+    act_zero_point_ptr,
+    weight_scale_ptr,
+    weight_sums_ptr,
+    bias_ptr,
+    residual_ptr,
+    M,
+    N,
+    PER_TOKEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    m = tl.program_id(1) + tl.arange(0, 1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N, 1), tl.int32)
+    for split in tl.static_range(SPLIT_K):
+        offsets = (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
+        acc += tl.load(partial_ptr + offsets, mask=(n < N)[:, None], other=0)
+    y = _correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
+    _finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
+
+
+@triton.jit
+def _grouped_kernel(
+    codes_ptr,
+    packed_ptr,
+    y_ptr,
+    act_scale_ptr,
+    act_zero_point_ptr,
+    weight_scale_ptr,
+    weight_sums_ptr,
+    bias_ptr,
+    residual_ptr,
+    M,
+    N,
+    K,
+    P,
+    G,
+    PER_TOKEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    num_n = tl.cdiv(N, BLOCK_N)
+    m = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_inside, n_inside = m < M, n < N
+    code_rows = codes_ptr + m.to(tl.int64)[None, :] * K
+    packed_rows = packed_ptr + n.to(tl.int64)[:, None] * P
+    zero_point = tl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m_inside, other=0.0)
+    y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for g in range(G):
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+        for offset in range(0, GROUP, BLOCK_K):
+            within = offset + tl.arange(0, BLOCK_K)
+            k = g * GROUP + within
+            low = (k < P)[None, :]
+            packed = tl.load(
+                packed_rows + tl.where(low, k[None, :], k[None, :] - P),
+                mask=n_inside[:, None] & (within < GROUP)[None, :],
+                other=0,
+            )
+            weights = tl.where(low, packed << 4, packed & 0xF0).to(tl.int8, bitcast=True)
+            codes = tl.load(code_rows + k[:, None], mask=m_inside[None, :] & (within < GROUP)[:, None], other=0)
+            acc = tl.dot(weights, codes, acc, out_dtype=tl.int32)
+        sums = tl.load(weight_sums_ptr + n * G + g, mask=n_inside, other=0).to(tl.float32)
+        weight_scale = tl.load(weight_scale_ptr + n * G + g, mask=n_inside, other=0.0)
+        y += weight_scale[:, None] * ((acc >> 4).to(tl.float32) - zero_point[None, :] * sums[:, None])
+    _finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
+
+
+def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int) -> Tile:
+    """The tile for M tokens, N outputs and P packed bytes a row: a table by regime, no search at run time."""
+    if num_tokens <= 16:
+        block_n = 16 if num_outputs <= 4096 else 32
+        return Tile(16, block_n, 256, num_warps=2, num_stages=4, split_k=split_for(num_outputs, block_n, num_bytes))
+    if num_tokens <= 64:
+        block_m = 32 if num_tokens <= 32 else 64
+        return Tile(block_m, 64, 128, num_warps=4, num_stages=4, split_k=split_for(num_outputs, 64, num_bytes))
+    return Tile(128, 128, 64, num_warps=4, num_stages=4)
+
+
+def fuses_quantization(num_tokens: int, num_groups: int) -> bool:
+    """Whether the linear quantizes its own input. Every program does it again, which pays for very few tokens only."""
+    return num_tokens == 1 and num_groups == 1
+
+
+def split_for(num_outputs: int, block_n: int, num_bytes: int) -> int:
+    """Parts of K so that about 128 programs, one a multiprocessor, read weights; no part below 1 KiB of a row."""
+    programs = triton.cdiv(num_outputs, block_n)
+    return max(1, min(8, 128 // programs, num_bytes // 1024))
+
+
+def int4_linear(
+    x: Tensor,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    act_bits: int = 4,
+    tile: Tile | None = None,
+) -> Tensor:
+    """y [M, N] of ``out_dtype`` from codes int8 [M, K], or from float x [M, K] and a static grid of act_bits.
+
+    Args:
+        tile: Overrides :func:`choose_tile` (benchmark and tests).
+    """
+    (num_tokens, num_columns), (num_outputs, num_bytes) = x.shape, packed.shape
+    num_groups = weight_scale.shape[1]
+    y = x.new_empty((num_tokens, num_outputs), dtype=out_dtype)
+    if not y.numel():
+        return y
+    tile = tile or choose_tile(num_tokens, num_outputs, num_bytes)
+    num_tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
+    epilogue = (act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
+    options = {
+        "PER_TOKEN": act_scale.numel() > 1,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+    }
+    if num_groups > 1:
+        group_size = num_columns // num_groups
+        _grouped_kernel[(num_tiles,)](
+            x,
+            packed,
+            y,
+            *epilogue,
+            num_tokens,
+            num_outputs,
+            num_columns,
+            num_bytes,
+            num_groups,
+            **options,
+            GROUP=group_size,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=min(128, max(32, triton.next_power_of_2(group_size))),
+            num_warps=tile.num_warps,
+            num_stages=min(3, tile.num_stages),
+        )
+        return y
+    q_min, q_max = code_range(act_bits)
+    split_k = tile.split_k
+    partial = x.new_empty((split_k, num_tokens, num_outputs), dtype=torch.int32) if split_k > 1 else y
+    _linear_kernel[(num_tiles, split_k)](
+        x,
+        packed,
+        partial,
+        *epilogue,
+        num_tokens,
+        num_outputs,
+        num_columns,
+        num_bytes,
+        **options,
+        QUANTIZE=x.is_floating_point(),
+        Q_MIN=q_min,
+        Q_MAX=q_max,
+        EVEN_K=num_columns == 2 * num_bytes and num_bytes % tile.block_k == 0,
+        SPLIT_K=split_k,
+        ASM=not INTERPRETED,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=8,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if split_k > 1:
+        block_n = 128
+        _reduce_kernel[(triton.cdiv(num_outputs, block_n), num_tokens)](
+            partial, y, *epilogue, num_tokens, num_outputs, **options, SPLIT_K=split_k, BLOCK_N=block_n, num_warps=4
+        )
+    return y

@@ -1,0 +1,263 @@
+"""The kernels as PyTorch operators (namespace ``lit_actreg``): reference on a CPU, Triton on a GPU, shapes for compile.
+
+Every operator is a ``torch.library.custom_op``, so torch.compile takes it whole (fullgraph) and CUDA graphs capture it.
+Which implementation runs depends on the tensors' device alone; a GPU older than sm_80 gets the reference and a warning.
+A mistake in the arguments raises a ValueError of one line, on every device and already while compiling.
+"""
+
+import functools
+import importlib
+import logging
+from types import ModuleType
+
+import torch
+from lit_actreg_kernels import reference
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_COLUMNS = 131072  # the integer sum of 16-fold products stays below 2^31 up to here
+MAX_NORM_COLUMNS = 65536  # a row of the fused norm is held in registers
+
+
+@functools.cache
+def has_triton_kernels(device_index: int) -> bool:
+    """Whether GPU ``device_index`` runs the Triton kernels (sm_80 or later); warns once for one that does not."""
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability >= (8, 0):
+        return True
+    logger.warning(
+        "GPU %d has compute capability %d.%d, the int4 kernels need 8.0: running the slow reference instead",
+        device_index,
+        *capability,
+    )
+    return False
+
+
+def _implementation(x: Tensor, module: str) -> ModuleType:
+    """The module whose functions serve x's device. Triton is imported here, so that a CPU does without it."""
+    if x.is_cuda and has_triton_kernels(x.device.index):
+        return importlib.import_module(f"lit_actreg_kernels.{module}")
+    return reference
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_float(x: Tensor, name: str) -> None:
+    _check(x.dtype in FLOAT_DTYPES, f"{name} is {x.dtype}: cast it to float32, bfloat16 or float16")
+
+
+def _check_grid(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> None:
+    _check_float(x, "x")
+    _check(2 <= bits <= 8, f"activation bits {bits} is out of range: choose 2 to 8")
+    for name, value in (("scale", scale), ("zero_point", zero_point)):
+        _check(value.numel() == 1, f"{name} has shape {list(value.shape)}: a static grid has one of shape [1]")
+        _check(value.dtype == torch.float32, f"{name} is {value.dtype}: the grid is float32")
+        _check(value.device == x.device, f"{name} is on {value.device}, x on {x.device}: move it there")
+
+
+@torch.library.custom_op("lit_actreg::quantize_activation", mutates_args=())
+def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes int8 of x [..., K] on the static grid of scale and zero point, float32 [1]."""
+    _check_grid(x, scale, zero_point, bits)
+    return _implementation(x, "act_quant").quantize_activation(x.contiguous(), scale, zero_point, bits)
+
+
+@quantize_activation.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    _check_grid(x, scale, zero_point, bits)
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@torch.library.custom_op("lit_actreg::quantize_activation_per_token", mutates_args=())
+def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 of x [..., K] on each token's own min-max grid; scale and zero point, float32 [..., 1]."""
+    _check_float(x, "x")
+    return _implementation(x, "act_quant").quantize_activation_per_token(x.contiguous(), bits)
+
+
+@quantize_activation_per_token.register_fake
+def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_float(x, "x")
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), scale, torch.empty_like(scale)
+
+
+def _check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, rms: bool) -> None:
+    num_columns = x.shape[-1]
+    _check(num_columns <= MAX_NORM_COLUMNS, f"x has {num_columns} columns: the fused norm takes {MAX_NORM_COLUMNS}")
+    _check(weight.shape == (num_columns,), f"weight has shape {list(weight.shape)}: x has {num_columns} columns")
+    _check(bias is None or not rms, "RMSNorm has no bias: pass None")
+    _check(bias is None or bias.shape == weight.shape, "bias differs from the norm's weight in shape")
+
+
+@torch.library.custom_op("lit_actreg::norm_quantize", mutates_args=())
+def norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, scale: Tensor, zero_point: Tensor, bits: int
+) -> Tensor:
+    """Codes int8 of LayerNorm(x), or of RMSNorm(x) where ``rms``: x [..., K], weight and bias [K]."""
+    _check_grid(x, scale, zero_point, bits)
+    _check_norm(x, weight, bias, rms)
+    function = _implementation(x, "norm_quant").norm_quantize
+    return function(x.contiguous(), weight, bias, eps, rms, scale, zero_point, bits)
+
+
+@norm_quantize.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, scale: Tensor, zero_point: Tensor, bits: int
+) -> Tensor:
+    _check_grid(x, scale, zero_point, bits)
+    _check_norm(x, weight, bias, rms)
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@torch.library.custom_op("lit_actreg::gelu_quantize", mutates_args=())
+def gelu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes int8 of GELU(x) (the exact one), x [..., H]."""
+    _check_grid(x, scale, zero_point, bits)
+    return _implementation(x, "gelu_quant").gelu_quantize(x.contiguous(), scale, zero_point, bits)
+
+
+@gelu_quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    _check_grid(x, scale, zero_point, bits)
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@torch.library.custom_op("lit_actreg::swiglu_quantize", mutates_args=())
+def swiglu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes int8 [..., H] of silu(gate) · up, x = [gate, up] [..., 2H]."""
+    _check_grid(x, scale, zero_point, bits)
+    _check(x.shape[-1] % 2 == 0, f"x has {x.shape[-1]} columns: SwiGLU takes a gate and an up half, an even number")
+    return _implementation(x, "gelu_quant").swiglu_quantize(x.contiguous(), scale, zero_point, bits)
+
+
+@swiglu_quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    _check_grid(x, scale, zero_point, bits)
+    _check(x.shape[-1] % 2 == 0, f"x has {x.shape[-1]} columns: SwiGLU takes a gate and an up half, an even number")
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.int8)
+
+
+def _check_linear(
+    x: Tensor,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    _check(x.dim() == 2 and packed.dim() == 2, "activations and packed weights must be matrices: flatten the tokens")
+    (num_tokens, num_columns), (num_outputs, num_bytes) = x.shape, packed.shape
+    num_groups = weight_scale.shape[-1]
+    _check(packed.dtype == torch.uint8, f"packed is {packed.dtype}: pass grid.pack_int4's uint8")
+    _check(
+        num_columns <= 2 * num_bytes and num_columns < MAX_COLUMNS,
+        f"{num_columns} input columns: the packed weight holds {2 * num_bytes}, the kernels {MAX_COLUMNS - 1}",
+    )
+    _check(
+        weight_scale.shape == weight_sums.shape == (num_outputs, num_groups),
+        f"weight_scale {list(weight_scale.shape)} and weight_sums {list(weight_sums.shape)} must be [{num_outputs}, G]",
+    )
+    _check(num_columns % num_groups == 0, f"{num_groups} groups do not divide {num_columns} input columns")
+    _check(weight_scale.dtype == torch.float32, f"weight_scale is {weight_scale.dtype}: keep it float32")
+    _check(weight_sums.dtype == torch.int32, f"weight_sums is {weight_sums.dtype}: keep it int32")
+    for name, value in (("act_scale", act_scale), ("act_zero_point", act_zero_point)):
+        _check(value.dtype == torch.float32, f"{name} is {value.dtype}: the grid is float32")
+        _check(value.shape in ((1,), (num_tokens, 1)), f"{name} has shape {list(value.shape)}: pass [1] or [M, 1]")
+    _check(act_scale.shape == act_zero_point.shape, "act_scale and act_zero_point differ in shape")
+    _check(bias is None or bias.shape == (num_outputs,), f"bias must have shape [{num_outputs}]")
+    _check(residual is None or residual.shape == (num_tokens, num_outputs), "residual must have the output's shape")
+    _check(out_dtype in FLOAT_DTYPES, f"out_dtype {out_dtype}: choose float32, bfloat16 or float16")
+    tensors: tuple[Tensor | None, ...] = (packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
+    for tensor in tensors:
+        _check(tensor is None or tensor.device == x.device, f"activations are on {x.device}, another input is not")
+
+
+@torch.library.custom_op("lit_actreg::int4_linear", mutates_args=())
+def int4_linear(
+    codes: Tensor,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y [M, N] of codes int8 [M, K] and packed weights uint8 [N, P]; see :mod:`lit_actreg_kernels.reference`."""
+    rest = (packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, out_dtype)
+    _check(codes.dtype == torch.int8, f"codes are {codes.dtype}: quantize the activations to int8 first")
+    _check_linear(codes, *rest)
+    residual = None if residual is None else residual.contiguous()
+    rest = (packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, out_dtype)
+    return _implementation(codes, "int4_linear").int4_linear(codes.contiguous(), *rest)
+
+
+@int4_linear.register_fake
+def _(
+    codes: Tensor,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check(codes.dtype == torch.int8, f"codes are {codes.dtype}: quantize the activations to int8 first")
+    _check_linear(codes, packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, out_dtype)
+    return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("lit_actreg::quantized_int4_linear", mutates_args=())
+def quantized_int4_linear(
+    x: Tensor,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    act_bits: int,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """y [M, N] in x's dtype: x [M, K] on the static grid, then :func:`int4_linear`.
+
+    For so few tokens that the weights' way from memory is all the time there is, both are one kernel.
+    """
+    _check_grid(x, act_scale, act_zero_point, act_bits)
+    residual = None if residual is None else residual.contiguous()
+    rest = (packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, x.dtype)
+    _check_linear(x, *rest)
+    implementation, x = _implementation(x, "int4_linear"), x.contiguous()
+    if implementation is not reference and implementation.fuses_quantization(x.shape[0], weight_scale.shape[1]):
+        return implementation.int4_linear(x, *rest, act_bits=act_bits)
+    codes = _implementation(x, "act_quant").quantize_activation(x, act_scale, act_zero_point, act_bits)
+    return implementation.int4_linear(codes, *rest)
+
+
+@quantized_int4_linear.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    act_bits: int,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    _check_grid(x, act_scale, act_zero_point, act_bits)
+    _check_linear(x, packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, x.dtype)
+    return x.new_empty((x.shape[0], packed.shape[0]))

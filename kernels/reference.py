@@ -1,0 +1,98 @@
+"""Plain PyTorch ground truth of every kernel: what the Triton code is tested against, and what runs without a GPU.
+
+With activation codes a (grid s_x, z_x) and weight codes w (symmetric, scale s_w), a linear layer is
+
+    y_mn = Σ_k (a_mk − z_x) s_x · w_nk s_w  + b_n  =  s_x · s_w · (Σ_k a_mk w_nk − z_x · Σ_k w_nk) + b_n
+
+so the only product over K is one of integers, and the zero point costs one multiplication by a sum of the weight's row
+that is computed once, at pack time (Jacob et al., arXiv 1712.05877, eq. 7). With groups of columns that share a weight
+scale the bracket is formed per group and s_w stays inside the sum over groups.
+
+Shapes: codes int8 [M, K]; weight codes int8 [N, K]; weight scale float32 and weight sums int32 [N, G], K divisible by
+G; activation scale and zero point float32 [1] (static) or [M, 1] (per token); bias [N]; residual [M, N].
+
+Exactness: |a| ≤ 128 and |w| ≤ 8 bound every partial sum by 1024 K, so a float32 product is exact up to K = 16,384 and a
+float64 one always. The epilogue is float32: with 4-bit activations |acc| and |z · sum| stay below 2^24 for K < 131,072,
+so both are exact for an integer zero point; a fractional ("real") one rounds once.
+"""
+
+import torch
+from lit_actreg_kernels import grid
+from torch import Tensor
+from torch.nn import functional
+
+
+def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes int8 of x [..., K] on a static grid, scale and zero point [1]."""
+    return grid.quantize(x, scale, zero_point, bits)
+
+
+def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 of x [..., K], and each token's own scale and zero point, float32 [..., 1]."""
+    scale, zero_point = grid.grid_per_token(x.float(), bits)
+    return grid.quantize(x, scale, zero_point, bits), scale, zero_point
+
+
+def norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, scale: Tensor, zero_point: Tensor, bits: int
+) -> Tensor:
+    """Codes of LayerNorm(x) or RMSNorm(x): statistics in float32, the result rounded to x's dtype as if unfused.
+
+    x [..., K], weight and bias [K].
+    """
+    wide, shape = x.float(), (x.shape[-1],)
+    if rms:
+        y = functional.rms_norm(wide, shape, weight.float(), eps)
+    else:
+        y = functional.layer_norm(wide, shape, weight.float(), None if bias is None else bias.float(), eps)
+    return grid.quantize(y.to(x.dtype), scale, zero_point, bits)
+
+
+def gelu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes of GELU(x) (the exact one, with erf), x [..., H]; the activation is rounded to x's dtype first."""
+    return grid.quantize(functional.gelu(x.float()).to(x.dtype), scale, zero_point, bits)
+
+
+def swiglu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes of silu(gate) · up for x = [gate, up] [..., 2H] → [..., H]; the product is rounded to x's dtype first."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return grid.quantize((functional.silu(gate) * up).to(x.dtype), scale, zero_point, bits)
+
+
+def integer_matmul(codes: Tensor, weight_codes: Tensor) -> Tensor:
+    """Σ_k a_mk w_nk, exact: int8 [M, K] × int8 [N, K] (4-bit range) → int32 [M, N]."""
+    exact = torch.float32 if codes.shape[-1] <= 16384 else torch.float64  # see the module's note on exactness
+    return (codes.to(exact) @ weight_codes.to(exact).T).to(torch.int32)
+
+
+def weight_sums(weight_codes: Tensor, num_groups: int) -> Tensor:
+    """Σ_k w_nk within each group of columns: int8 [N, K] → int32 [N, G]."""
+    return weight_codes.unflatten(-1, (num_groups, -1)).sum(-1, dtype=torch.int32)
+
+
+def int4_linear(
+    codes: Tensor,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The linear layer of the module's formula: codes int8 [M, K], packed uint8 [N, P] (P ≥ K / 2) → [M, N]."""
+    num_columns, num_groups = codes.shape[-1], weight_scale.shape[-1]
+    weight_codes = grid.unpack_int4(packed, num_columns)
+    scaled = torch.zeros(codes.shape[0], packed.shape[0], device=codes.device)
+    group_size = num_columns // num_groups
+    for g in range(num_groups):
+        columns = slice(g * group_size, (g + 1) * group_size)
+        acc = integer_matmul(codes[:, columns], weight_codes[:, columns])
+        scaled += weight_scale[:, g] * (acc.float() - act_zero_point * weight_sums[:, g])
+    y = act_scale * scaled
+    if bias is not None:
+        y = y + bias.float()
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(out_dtype)
