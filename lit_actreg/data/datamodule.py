@@ -1,0 +1,278 @@
+"""The DataModule: from source names to batches of tokens, and what others ask about the training text.
+
+Every batch is one int64 tensor [B, context + 1], B = ``batch_size``: inputs are ``batch[:, :-1]``, targets
+``batch[:, 1:]``. Training batches hold tokens only. The last validation and test batches may end in padding rows,
+all :data:`~lit_actreg.data.packed.IGNORE` (-100): as targets, cross-entropy ignores them; as inputs, clamp them to 0.
+To be independent of batch size and world size, a perplexity sums its losses and divides once by the number of targets
+that are not IGNORE.
+
+The cache is in ``runs/cache`` under the working directory by default: derived data lies with the runs it was made
+for, in sight, is deleted with them, and does not fill a home directory, which on clusters is small.
+"""
+
+import functools
+import hashlib
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lit_actreg.data.corpus import SPLITS, Split, load_corpus, parse_source
+from lit_actreg.data.packed import Encoder, PackedBlocks, build_once, cache_folder, pack, token_dtype
+from lit_actreg.data.resume import ResumableLoader, num_trained_batches, rewind
+from lit_actreg.data.sampler import EvalSampler, TrainSampler
+from lit_actreg.data.tokenizer import end_of_text, load_tokenizer, train_tokenizer
+
+
+class TextDataModule(LightningDataModule):
+    """Text, tokenized and packed into blocks; batches are int64 tensors of batch_size × (context + 1) token ids.
+
+    Args:
+        source: Training text: "sotu" (State of the Union addresses, embedded), a file, glob or folder (.txt, .jsonl,
+            .parquet, also compressed), "hub:NAME[:CONFIG][@SPLIT]" (Hugging Face hub), or a list of these.
+        weights: Share of each source in a mixture, by documents; null joins the sources whole.
+        valid_source: Validation and test text; null takes a source's own validation split if it has one, else
+            holds documents out by a hash of their text.
+        valid_share: Share of the documents held out for validation, and again for test.
+        text_field: Column of .jsonl, .parquet and hub data that holds the text.
+        max_documents: Use only the first documents of each source; null means all.
+        tokenizer: Path of a tokenizer.json; null trains a byte-level BPE on the training documents.
+        vocab_size: Rows of the embedding: entries of the trained tokenizer, upper limit for a given one.
+        context: Tokens of a training sequence.
+        batch_size: Sequences per batch and device.
+        num_workers: Processes that load batches, per device; 0 loads them in the training process.
+        num_proc: Processes that tokenize; null means every core.
+        cache_dir: Folder of trained tokenizers and packed blocks.
+        seed: Seed of the order of training sequences and of a mixture's draws.
+    """
+
+    def __init__(
+        self,
+        source: str | list[str] = "sotu",
+        weights: list[float] | None = None,
+        valid_source: str | None = None,
+        valid_share: float = 0.02,
+        text_field: str = "text",
+        max_documents: int | None = None,
+        tokenizer: str | None = None,
+        vocab_size: int = 4096,
+        context: int = 256,
+        batch_size: int = 16,
+        num_workers: int = 1,
+        num_proc: int | None = None,
+        cache_dir: str = "runs/cache",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        names = [source] if isinstance(source, str) else source
+        if not names:
+            raise ValueError('data.source is an empty list: name a source, for instance "sotu"')
+        if weights is not None and (len(weights) != len(names) or min(weights) <= 0):
+            raise ValueError(f"data.weights {weights} do not fit {len(names)} sources: give one positive number each")
+        if not 0 < valid_share < 0.5:
+            raise ValueError(f"data.valid_share {valid_share} is out of range: choose a share between 0 and 0.5")
+        for name, value in {"context": context, "batch_size": batch_size, "max_documents": max_documents}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} {value} is too small: use 1 or more")
+        self.names, self.weights, self.valid_name, self.valid_share = names, weights, valid_source, valid_share
+        self.text_field, self.max_documents = text_field, max_documents
+        self.given_tokenizer = Path(tokenizer).expanduser() if tokenizer else None
+        self.vocab_size, self.context, self.batch_size, self.seed = vocab_size, context, batch_size, seed
+        self.num_workers, self.num_proc = num_workers, num_proc
+        self.cache_dir = Path(cache_dir).expanduser()
+        self.blocks: dict[Split, PackedBlocks] = {}
+
+    # What the cache's folders are named by; every rank computes the same without reading a document
+
+    @functools.cached_property
+    def sources(self) -> list[Any]:
+        return [parse_source(name) for name in self.names]
+
+    @functools.cached_property
+    def valid_source(self) -> Any:
+        return parse_source(self.valid_name) if self.valid_name else None
+
+    @functools.cached_property
+    def corpus_identity(self) -> dict[str, Any]:
+        return {
+            "sources": [source.identity() for source in self.sources],
+            "weights": self.weights and [*self.weights, self.seed],
+            "valid_source": self.valid_source and self.valid_source.identity(),
+            "valid_share": self.valid_share,
+            "text_field": self.text_field,
+            "max_documents": self.max_documents,
+        }
+
+    @functools.cached_property
+    def tokenizer_identity(self) -> dict[str, Any]:
+        if self.given_tokenizer:
+            load_tokenizer(self.given_tokenizer, self.vocab_size)
+            return {"sha256": hashlib.sha256(self.given_tokenizer.read_bytes()).hexdigest()}
+        return {"corpus": self.corpus_identity, "vocab_size": self.vocab_size}
+
+    @functools.cached_property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer.json in use (of a trained one: where it will be once the data are prepared)."""
+        folder = cache_folder(self.cache_dir, "tokenizer", self.tokenizer_identity)
+        return self.given_tokenizer or folder / "tokenizer.json"
+
+    @functools.cached_property
+    def packed_folder(self) -> Path:
+        """Folder of the packed splits, one .arrow each, and of the training token counts."""
+        inputs = [self.corpus_identity, self.tokenizer_identity, self.vocab_size, self.context]
+        return cache_folder(self.cache_dir, "packed", inputs)
+
+    # Making and opening
+
+    def prepare_data(self) -> None:
+        """Trains the tokenizer and packs the blocks, unless the cache has them. Lightning calls it on one process."""
+        if self.packed_folder.is_dir() and self.tokenizer_path.is_file():
+            return
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".corpus-", dir=self.cache_dir) as scratch:
+            corpus = functools.cache(lambda: self._load_corpus(Path(scratch)))  # read once, and only if needed
+            if not self.given_tokenizer:
+                build_once(
+                    self.tokenizer_path.parent,
+                    lambda folder: train_tokenizer(corpus()["train"], self.vocab_size, folder / "tokenizer.json"),
+                )
+            build_once(self.packed_folder, lambda folder: self._pack(corpus(), folder))
+
+    def _load_corpus(self, scratch: Path) -> dict[Split, Any]:
+        return load_corpus(
+            self.sources,
+            self.weights,
+            self.valid_source,
+            self.text_field,
+            self.valid_share,
+            self.max_documents,
+            self.seed,
+            self.num_proc,
+            scratch,
+        )
+
+    def _pack(self, corpus: dict[Split, Any], folder: Path) -> None:
+        """Packs every split into ``folder``; a training or validation split without one block is an error."""
+        tokenizer = load_tokenizer(self.tokenizer_path, self.vocab_size)
+        encoder = Encoder(tokenizer, end_of_text(tokenizer, self.tokenizer_path), token_dtype(self.vocab_size))
+        for split in SPLITS:
+            path = folder / f"{split}.arrow"
+            counts = pack(corpus[split], encoder, self.context, self.vocab_size, self.num_proc, path)
+            if split == "train":
+                np.save(folder / "train_counts.npy", counts)
+            if not counts.any() and split == "train":
+                raise ValueError(
+                    f"data.source {self.names} ({len(corpus[split])} documents for training) is shorter than one block "
+                    f"of {self.context + 1} tokens: give more text or a smaller data.context"
+                )
+            if not counts.any() and split == "valid":
+                raise ValueError(
+                    f"data.source {self.names} gives {len(corpus[split])} validation documents, less than one block "
+                    f"of {self.context + 1} tokens: set data.valid_source, or raise data.valid_share {self.valid_share}"
+                )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the packed splits (memory-mapped: nothing is read)."""
+        self.blocks = {split: PackedBlocks(self.packed_folder / f"{split}.arrow") for split in SPLITS}
+
+    # Batches
+
+    @property
+    def num_ranks(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        blocks = self.blocks["train"]
+        per_batch = self.batch_size * self.num_ranks
+        if len(blocks) < per_batch:
+            raise ValueError(
+                f"data.source {self.names} gives {len(blocks)} training sequences, fewer than one batch of {per_batch} "
+                f"(data.batch_size {self.batch_size} × {self.num_ranks} devices): give more text or a smaller batch"
+            )
+        if self.trainer:
+            rewind(self.trainer)
+        sampler = TrainSampler(
+            blocks, self.batch_size, self.num_ranks, self.rank, self.seed, lambda: num_trained_batches(self.trainer)
+        )
+        fingerprint = hashlib.sha256(self.train_token_counts.tobytes()).hexdigest()[:16]
+        order: dict[str, int | str] = {"seed": self.seed, "sequences a batch": per_batch, "sequences": len(blocks)}
+        return ResumableLoader(order | {"token counts": fingerprint}, **self._loader_options(blocks, sampler))
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return self._eval_dataloader("valid")
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        return self._eval_dataloader("test")
+
+    def _eval_dataloader(self, split: Split) -> DataLoader[Tensor]:
+        blocks = self.blocks[split]
+        if not len(blocks):
+            raise ValueError(
+                f"data.source {self.names} gives no block of {self.context + 1} tokens for {split}: "
+                f"raise data.valid_share {self.valid_share}, or set data.valid_source"
+            )
+        sampler = EvalSampler(blocks, self.batch_size, self.num_ranks, self.rank)
+        return DataLoader(**self._loader_options(blocks, sampler))
+
+    def _loader_options(self, blocks: PackedBlocks, sampler: TrainSampler | EvalSampler) -> dict[str, Any]:
+        return {
+            "dataset": blocks,
+            "sampler": sampler,
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": as_batch,
+            # its own generator: starting an iteration must not draw from the global one, on which a resumed run depends
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+    # What others ask
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Tokens in the training blocks."""
+        return len(self.blocks["train"]) * (self.context + 1)
+
+    @functools.cached_property
+    def train_token_counts(self) -> np.ndarray:
+        """How often each token id occurs in the training blocks, int64 [vocab_size]."""
+        return np.load(self.packed_folder / "train_counts.npy")
+
+    def calibration_batches(self, num_tokens: int, seed: int) -> Iterator[Tensor]:
+        """Random training sequences, none twice, at least ``num_tokens`` in all if there are: int64 [≤ B, context]."""
+        blocks = self.blocks["train"]
+        num_sequences = min(math.ceil(num_tokens / self.context), len(blocks))
+        chosen = np.random.default_rng(seed).choice(len(blocks), num_sequences, replace=False).tolist()
+        for start in range(0, num_sequences, self.batch_size):
+            yield blocks.__getitems__(chosen[start : start + self.batch_size])[:, :-1]
+
+    def unigram_perplexity(self, split: Split = "valid") -> float:
+        """Perplexity of a held-out split's targets if tokens were drawn by their training frequency alone.
+
+        p(v) = (count(v) + 1) / (Σ count + V): add-one smoothing over the vocabulary. What a model has learned beyond
+        token frequencies is the distance to this number.
+        """
+        counts = self.train_token_counts + 1
+        blocks = self.blocks[split]
+        targets = np.zeros_like(counts)
+        for start in range(0, len(blocks), 1024):
+            batch = blocks.__getitems__(list(range(start, min(start + 1024, len(blocks)))))
+            targets += np.bincount(batch[:, 1:].ravel().numpy(), minlength=self.vocab_size)
+        return math.exp(-(targets * np.log(counts / counts.sum())).sum() / targets.sum())
+
+
+def as_batch(rows: Tensor) -> Tensor:
+    """Collates nothing: the dataset hands a whole batch over already."""
+    return rows
