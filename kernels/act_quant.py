@@ -76,7 +76,7 @@ def _per_token_kernel(
         tl.store(q_ptr + row * K + k, to_codes(x, scale, zero_point, Q_MIN, Q_MAX), mask=k < K)
     else:
         for start in range(0, K, BLOCK_K):
-            x = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0)
+            x = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0).to(tl.float32)
             codes = to_codes(x, scale, zero_point, Q_MIN, Q_MAX)
             tl.store(q_ptr + row * K + start + k, codes, mask=start + k < K)
 

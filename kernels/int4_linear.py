@@ -18,8 +18,8 @@ four bits buy bandwidth and memory.
 the other multiplies, ordered so that neighbours share weights in L2. Few tokens (M ≤ 64): the weights are read once and
 that is the time it takes; tiles are narrow in N to have enough of them, and K is split when there are still too few.
 Split programs write int32 partial sums and a second kernel adds them: integers, so the result does not depend on the
-order. With a static grid and few tokens the activations are quantized inside the loop (``QUANTIZE``), which saves a
-launch.
+order. A single token on a static grid is quantized inside the loop (``QUANTIZE``), by every program again, which costs
+less than a launch.
 
 **Groups.** With G scales a row the int32 sum ends at every group's border and is scaled into a float32 one. That
 kernel picks the nibble by column, because a group may straddle the two halves.
@@ -72,6 +72,21 @@ def times_16_low(packed, ASM: tl.constexpr):
 def times_16_high(packed):
     """16 · (high nibble, signed) of every byte, int8."""
     return (packed & 0xF0).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def times_16(packed, shift, ASM: tl.constexpr):
+    """16 · (nibble, signed) of every byte, int8: the low one for a uint8 ``shift`` of 4, the high one for 0."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 s, t; and.b32 s, $2, 4; shl.b32 t, $1, s; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r,r",
+            [packed, shift],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return ((packed << shift) & 0xF0).to(tl.int8, bitcast=True)
 
 
 @triton.jit
@@ -152,30 +167,27 @@ def _linear_kernel(
     start = split * steps * BLOCK_K
     j = start + tl.arange(0, BLOCK_K)
     low_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + j[:, None]
-    high_ptrs = low_ptrs + P
     packed_ptrs = packed_ptr + n.to(tl.int64)[:, None] * P + j[None, :]
     m_inside, n_inside = (m < M)[None, :], (n < N)[:, None]
     if QUANTIZE:
         scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for base in range(start, min(start + steps * BLOCK_K, P), BLOCK_K):
-        if EVEN_K:
-            packed = tl.load(packed_ptrs, mask=n_inside, other=0)
-            low = tl.load(low_ptrs, mask=m_inside, other=0)
-            high = tl.load(high_ptrs, mask=m_inside, other=0)
-        else:
-            # A byte past P reads as two zero codes, so what the low half of x holds there does not matter.
-            k = base + tl.arange(0, BLOCK_K)
-            packed = tl.load(packed_ptrs, mask=n_inside & (k < P)[None, :], other=0)
-            low = tl.load(low_ptrs, mask=m_inside & (k < K)[:, None], other=0)
-            high = tl.load(high_ptrs, mask=m_inside & (k + P < K)[:, None], other=0)
+        # A byte past P reads as two zero codes, so what the low half of x holds there does not matter.
+        k = base + tl.arange(0, BLOCK_K)
+        packed = tl.load(packed_ptrs, mask=n_inside if EVEN_K else n_inside & (k < P)[None, :], other=0)
         if QUANTIZE:
-            low = to_codes(low, scale, zero_point, Q_MIN, Q_MAX)
-            high = to_codes(high, scale, zero_point, Q_MIN, Q_MAX)
+            # One token, M = 1: all columns of the tile hold its codes, and only the first is stored.
+            low = to_codes(tl.load(x_ptr + k, mask=k < K, other=0.0), scale, zero_point, Q_MIN, Q_MAX)
+            high = to_codes(tl.load(x_ptr + k + P, mask=k + P < K, other=0.0), scale, zero_point, Q_MIN, Q_MAX)
+            low = tl.broadcast_to(low[:, None], (BLOCK_K, BLOCK_M))
+            high = tl.broadcast_to(high[:, None], (BLOCK_K, BLOCK_M))
+        else:
+            low = tl.load(low_ptrs, mask=m_inside if EVEN_K else m_inside & (k < K)[:, None], other=0)
+            high = tl.load(low_ptrs + P, mask=m_inside if EVEN_K else m_inside & (k + P < K)[:, None], other=0)
         acc = tl.dot(times_16_low(packed, ASM), low, acc, out_dtype=tl.int32)
         acc = tl.dot(times_16_high(packed), high, acc, out_dtype=tl.int32)
         low_ptrs += BLOCK_K
-        high_ptrs += BLOCK_K
         packed_ptrs += BLOCK_K
     acc = acc >> 4
 
@@ -235,6 +247,8 @@ def _grouped_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -252,14 +266,19 @@ def _grouped_kernel(
         for offset in range(0, GROUP, BLOCK_K):
             within = offset + tl.arange(0, BLOCK_K)
             k = g * GROUP + within
-            low = (k < P)[None, :]
-            packed = tl.load(
-                packed_rows + tl.where(low, k[None, :], k[None, :] - P),
-                mask=n_inside[:, None] & (within < GROUP)[None, :],
-                other=0,
-            )
-            weights = tl.where(low, packed << 4, packed & 0xF0).to(tl.int8, bitcast=True)
-            codes = tl.load(code_rows + k[:, None], mask=m_inside[None, :] & (within < GROUP)[:, None], other=0)
+            if ALIGNED:  # the step lies in one group and in one half of the row
+                in_low = g * GROUP + offset < P
+                packed = tl.load(packed_rows + (k - tl.where(in_low, 0, P))[None, :], mask=n_inside[:, None], other=0)
+                shift = tl.full((BLOCK_N, BLOCK_K), 0, tl.uint8) + tl.where(in_low, 4, 0).to(tl.uint8)
+                weights = times_16(packed, shift, ASM)
+                codes = tl.load(code_rows + k[:, None], mask=m_inside[None, :], other=0)
+            else:
+                inside, in_low = (within < GROUP), (k < P)[None, :]
+                columns = tl.where(in_low, k[None, :], k[None, :] - P)
+                packed = tl.load(packed_rows + columns, mask=n_inside[:, None] & inside[None, :], other=0)
+                shift = tl.broadcast_to(tl.where(in_low, 4, 0).to(tl.uint8), (BLOCK_N, BLOCK_K))
+                weights = times_16(packed, shift, False)
+                codes = tl.load(code_rows + k[:, None], mask=m_inside[None, :] & inside[:, None], other=0)
             acc = tl.dot(weights, codes, acc, out_dtype=tl.int32)
         sums = tl.load(weight_sums_ptr + n * G + g, mask=n_inside, other=0).to(tl.float32)
         weight_scale = tl.load(weight_scale_ptr + n * G + g, mask=n_inside, other=0.0)
@@ -322,6 +341,7 @@ def int4_linear(
     }
     if num_groups > 1:
         group_size = num_columns // num_groups
+        block_k = min(128, max(32, triton.next_power_of_2(group_size)))
         _grouped_kernel[(num_tiles,)](
             x,
             packed,
@@ -334,11 +354,13 @@ def int4_linear(
             num_groups,
             **options,
             GROUP=group_size,
+            ALIGNED=group_size % block_k == 0 and num_bytes % block_k == 0,
+            ASM=not INTERPRETED,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            BLOCK_K=min(128, max(32, triton.next_power_of_2(group_size))),
-            num_warps=tile.num_warps,
-            num_stages=min(3, tile.num_stages),
+            BLOCK_K=block_k,
+            num_warps=8 if tile.block_m == 128 else tile.num_warps,  # two accumulators take twice the registers
+            num_stages=3,
         )
         return y
     q_min, q_max = code_range(act_bits)

@@ -1,0 +1,144 @@
+"""The packed linear against plain PyTorch: in the interpreter without a GPU, compiled with one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lit_actreg_kernels import grid, int4_linear, reference
+from lit_actreg_kernels.int4_linear import Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PREFILL = Tile(64, 64, 32, num_warps=4, num_stages=2)
+DECODE = Tile(16, 32, 32, num_warps=2, num_stages=2)
+SPLIT = replace(DECODE, split_k=3)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills every torch.empty with NaN or the largest integer: what a kernel fails to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def problem(m, n, k, groups=1, per_token=False, padding=0, act_bits=4):
+    """Random codes, their grids and the reference's answer for them; weights padded by so many zero columns."""
+    q_min, q_max = grid.code_range(act_bits)
+    weight_codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    rows = m if per_token else 1
+    scale, zero_point = torch.rand(rows) + 0.1, torch.randint(-8, 8, (rows,)).float()
+    tensors = {
+        "x": torch.randint(q_min, q_max + 1, (m, k), dtype=torch.int8),
+        "packed": grid.pack_int4(torch.nn.functional.pad(weight_codes, (0, padding))),
+        "act_scale": scale[:, None] if per_token else scale,
+        "act_zero_point": zero_point[:, None] if per_token else zero_point,
+        "weight_scale": torch.rand(n, groups) + 0.1,
+        "weight_sums": reference.weight_sums(weight_codes, groups),
+        "bias": torch.randn(n),
+        "residual": torch.randn(m, n),
+    }
+    return tensors, weight_codes
+
+
+def run(tensors, out_dtype, tile=None, act_bits=4):
+    on_device = {name: None if value is None else value.to(DEVICE) for name, value in tensors.items()}
+    return int4_linear.int4_linear(**on_device, out_dtype=out_dtype, act_bits=act_bits, tile=tile).cpu()
+
+
+def expected(tensors, out_dtype):
+    tensors = dict(tensors)
+    return reference.int4_linear(tensors.pop("x"), **tensors, out_dtype=out_dtype)
+
+
+def with_plain_epilogue(tensors):
+    """The same product with scales of one and nothing added: the float output is the integer accumulator."""
+    ones = {"act_scale": torch.ones(1), "act_zero_point": torch.zeros(1), "bias": None, "residual": None}
+    return tensors | ones | {"weight_scale": torch.ones_like(tensors["weight_scale"])}
+
+
+@pytest.mark.parametrize("tile", [PREFILL, DECODE, SPLIT], ids=["prefill", "decode", "split"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 33, 77), (70, 65, 256), (17, 31, 130), (3, 100, 510)])
+def test_integer_accumulators_are_equal(tile, m, n, k):
+    tensors, weight_codes = problem(m, n, k)
+    acc = run(with_plain_epilogue(tensors), torch.float32, tile)
+    assert torch.equal(acc.long(), tensors["x"].long() @ weight_codes.long().T)
+
+
+@pytest.mark.parametrize("tile", [PREFILL, DECODE, SPLIT], ids=["prefill", "decode", "split"])
+def test_extreme_codes_do_not_overflow(tile):
+    k = 8192  # 16 · 8 · 128 · 8192 needs 28 bits; the interpreter would take minutes at the limit of 131,071
+    tensors, _ = problem(2, 3, k)
+    tensors["x"] = torch.full((2, k), -128, dtype=torch.int8)
+    tensors["packed"] = grid.pack_int4(torch.full((3, k), -8, dtype=torch.int8))
+    acc = run(with_plain_epilogue(tensors), torch.float32, replace(tile, block_k=1024, block_m=16, block_n=16), 8)
+    assert (acc == 1024 * k).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("tile", [PREFILL, SPLIT], ids=["prefill", "split"])
+def test_epilogue(dtype, per_token, tile):
+    tensors, _ = problem(19, 70, 150, per_token=per_token)
+    tensors["act_zero_point"] += 0.25  # a real zero point
+    # All of the epilogue is float32, where only the order of roundings may differ: some 4 of them, on terms that are
+    # larger than the sum by at most the cancellation seen here (8). Then one rounding to the output's dtype.
+    eps = torch.finfo(dtype).eps
+    rtol = 32 * torch.finfo(torch.float32).eps if dtype == torch.float32 else eps
+    wide = expected(tensors, torch.float32)
+    torch.testing.assert_close(run(tensors, dtype, tile).float(), wide, rtol=rtol, atol=1e-3 * 32 * 2**-23 + eps * 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("k", "groups", "padding"), [(256, 2, 0), (256, 4, 0), (96, 3, 0), (80, 5, 48), (40, 4, 24), (320, 5, 64)]
+)
+@pytest.mark.parametrize("m", [3, 70])
+def test_groups(k, groups, padding, m):
+    tensors, _ = problem(m, 33, k, groups, per_token=True, padding=padding)
+    tile = Tile(16, 32, 64, 2, 2) if m < 16 else Tile(64, 32, 64, 4, 2)
+    # One float32 addition a group, in another order of roundings than the reference's.
+    rtol = 32 * torch.finfo(torch.float32).eps
+    answer = expected(tensors, torch.float32)
+    torch.testing.assert_close(run(tensors, torch.float32, tile), answer, rtol=rtol, atol=rtol * answer.abs().max())
+
+
+@pytest.mark.parametrize("padding", [0, 1, 50, 128])
+def test_padded_weights_ignore_what_lies_beyond_k(padding):
+    tensors, weight_codes = problem(5, 20, 78, padding=padding)
+    acc = run(with_plain_epilogue(tensors), torch.float32, DECODE)
+    assert torch.equal(acc.long(), tensors["x"].long() @ weight_codes.long().T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [DECODE, SPLIT], ids=["decode", "split"])
+def test_one_token_is_quantized_inside(dtype, tile):
+    tensors, _ = problem(1, 40, 300)
+    x = (torch.randn(1, 300) * 2).to(dtype)
+    codes = reference.quantize_activation(x, tensors["act_scale"], tensors["act_zero_point"], 4)
+    inside, outside = run(tensors | {"x": x}, torch.float32, tile), run(tensors | {"x": codes}, torch.float32, tile)
+    assert torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 48, 256), (16, 20, 128), (33, 70, 256), (64, 64, 64), (130, 140, 256)])
+def test_chosen_tiles(m, n, k):
+    tensors, _ = problem(m, n, k)
+    rtol = 32 * torch.finfo(torch.float32).eps
+    answer = expected(tensors, torch.float32)
+    torch.testing.assert_close(run(tensors, torch.float32), answer, rtol=rtol, atol=rtol * answer.abs().max())
+
+
+def test_repeated_runs_are_equal():
+    tensors, _ = problem(16, 64, 512)
+    first = run(tensors, torch.float32, SPLIT)
+    assert all(torch.equal(first, run(tensors, torch.float32, SPLIT)) for _ in range(3))
+
+
+def test_no_tokens():
+    tensors, _ = problem(0, 8, 16)
+    assert run(tensors, torch.bfloat16).shape == (0, 8)
+
+
+def test_split_keeps_every_part_worth_its_while():
+    assert int4_linear.split_for(8192, 32, 4096) == 1
+    assert int4_linear.split_for(1024, 32, 4096) == 4
+    assert int4_linear.split_for(64, 32, 64) == 1
