@@ -31,14 +31,10 @@ from lit_actreg.contracts import QuantizedWeight, Quantizer
 from lit_actreg.model import Block, Decoder
 from lit_actreg.quant.calibration import advance, embed_tokens, input_hessians
 from lit_actreg.quant.linear import QuantLinear
-from lit_actreg.quant.quantized_linear import QuantizedLinear
+from lit_actreg.quant.quantized_linear import QuantizedLinear, int4_obstacle
 from lit_actreg.quant.weight_grid import dequantize_weight, num_groups, relative_layer_error, round_to_nearest
 from lit_actreg.report import print_report
 from lit_actreg.resume import WorkFolder, fingerprint
-
-# The sites that share one calibration pass. One after the other costs four passes instead of one and was no better
-# than noise on a trained model (docs/quantization.md), so all four see the block's own float weights.
-PASSES: tuple[tuple[Site, ...], ...] = (SITES,)
 
 
 def stored_quant_config(quant: QuantConfig, round_zero_point: bool) -> tuple[QuantConfig, list[str]]:
@@ -108,22 +104,21 @@ def _quantize_block(
 ) -> tuple[dict[Site, QuantizedWeight], list[dict[str, Any]]]:
     """Codes and report lines of a block's four linears; the block's weights become Ŵ in place."""
     weights, layers = {}, []
-    for sites in PASSES:
-        hessians: dict[Site, Tensor] = {}
-        if quantizer.needs_hessian:
-            hessians = input_hessians(block, f"blocks.{index}", hidden, sites, device)
-        for site in sites:
-            linear = getattr(block, site)
-            weights[site], line = _quantize_layer(linear, f"blocks.{index}.{site}", quantizer, hessians.pop(site, None))
-            inputs = linear.input_quantizer
-            line |= {"activations": inputs.mode, "activation_bits": inputs.bits if inputs.mode != "none" else None}
-            if inputs.mode == "static":
-                line |= {"clip_low": inputs.low.item(), "clip_high": inputs.high.item()}
-            layers.append(line)
+    hessians: dict[Site, Tensor] = {}
+    if quantizer.needs_hessian:
+        hessians = input_hessians(block, f"blocks.{index}", hidden, device)
+    for site in SITES:
+        linear = getattr(block, site)
+        weights[site], line = _quantize_layer(linear, f"blocks.{index}.{site}", quantizer, hessians.pop(site, None))
+        inputs = linear.input_quantizer
+        line |= {"activations": inputs.mode, "activation_bits": inputs.bits if inputs.mode != "none" else None}
+        if inputs.mode == "static":
+            line |= {"clip_low": inputs.low.item(), "clip_high": inputs.high.item()}
+        layers.append(line)
     return weights, layers
 
 
-def plan(model: Decoder, quantizer: Quantizer, quant: QuantConfig, device: torch.device) -> list[dict[str, Any]]:
+def plan(model: Decoder, quantizer: Quantizer, quant: QuantConfig) -> list[dict[str, Any]]:
     """Shapes, groups and the kernel that will serve each layer; refuses a group size that does not divide."""
     layers = []
     for index, block in enumerate(model.blocks):
@@ -134,7 +129,7 @@ def plan(model: Decoder, quantizer: Quantizer, quant: QuantConfig, device: torch
             except ValueError as error:
                 raise ValueError(f"blocks.{index}.{site}: {error}") from None
             inputs = quant.activations if site in quant.sites else "none"
-            fits = quantizer.bits <= 4 and quant.activation_bits <= 4 and quantizer.symmetric and inputs != "none"
+            obstacle = int4_obstacle(quantizer.bits, quantizer.symmetric, inputs)
             layers.append(
                 {
                     "layer": f"blocks.{index}.{site}",
@@ -142,7 +137,7 @@ def plan(model: Decoder, quantizer: Quantizer, quant: QuantConfig, device: torch
                     "bits": quantizer.bits,
                     "groups": groups,
                     "activations": inputs,
-                    "kernel": "int4" if fits else "float",
+                    "kernel": "int4" if obstacle is None else "float",
                 }
             )
     return layers
@@ -182,7 +177,7 @@ def quantize_model(
     check_output(output, overwrite)
     quant, messages = stored_quant_config(model.quant, round_zero_point)
     stored_format = choose_format(quantizer.bits, quantizer.symmetric, format)
-    layers = plan(model, quantizer, quant, device)
+    layers = plan(model, quantizer, quant)
     batches = list(calibration) if quantizer.needs_hessian else []
     num_tokens = sum(ids.numel() for ids in batches)
     largest = max(line["shape"][1] for line in layers)

@@ -10,8 +10,9 @@ U is the upper Cholesky factor of the inverse, (H + λI)⁻¹ = UᵀU, whose row
 the columns before i are fixed. The damping is relative: λ = damping · mean(diag H).
 
 How U is found: H⁻¹ is never formed. With J the reversal of the order of columns, J(H + λI)J = LLᵀ gives U = (JLJ)⁻¹:
-one Cholesky and one triangular inverse, in float64, because calibration inputs are nearly dependent and float32 fails
-on Hessians (condition above 1e7) that float64 factors without a word.
+one Cholesky and one triangular inverse. They run in float64: on Hessians of a small trained W4A4 model float32 gives
+U to 2e-5 with damping 0.01 (condition 5e3) but only to 1e-3 with 1e-4 (4e5), and saves little (K = 2048 on two CPU
+cores: 0.16 against 0.21 s). The rounding of columns runs in the weight's dtype.
 
 Blocks: updates within ``block_size`` columns are made at once; those of all later columns wait for the end of the
 block and are one matrix product (the paper's lazy batch updates, same result).
@@ -76,7 +77,7 @@ class GPTQ(Quantizer):
         bits: int = 4,
         group_size: int | None = None,
         symmetric: bool = True,
-        scale_search: ScaleSearch = "mse",
+        scale_search: ScaleSearch = "minmax",
         activation_order: bool = True,
         damping: float = 0.01,
         block_size: int = 128,

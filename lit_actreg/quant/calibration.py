@@ -7,9 +7,13 @@ The hidden states of all calibration tokens live in host memory; one block is on
 2. its weights are quantized;
 3. the hidden states are replaced by the quantized block's outputs.
 
-So every error of the layers before is in what a layer is fitted to. Peak memory: the model, one block, H of the
-sites that are measured together, one batch's activations, and on the host num_tokens × width × 4 bytes of hidden
-states.
+So the errors of all blocks before are in what a layer is fitted to. Inside a block one pass measures all four inputs,
+with the block's float weights. Measuring each after quantizing those before it (four passes) changed nothing: mean
+loss above W16A4 at 3 bits, eight settings of GPTQ in all, two calibration seeds each, 0.8 M parameters, bytes of
+speeches: 0.0068 nats in one pass, 0.0064 in four, with 0.0012 between seeds; at 4 bits 0.0014 and 0.0014.
+
+Peak memory: the model, one block, four H, one batch's activations, and on the host num_tokens × width × 4 bytes of
+hidden states.
 
 Everything is float32: K × K products of a batch's inputs, summed over batches.
 """
@@ -21,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lit_actreg.config import Site
+from lit_actreg.config import SITES, Site
 from lit_actreg.model import Block, Decoder, rotary_angles
 
 
@@ -46,14 +50,15 @@ class InputMoments:
 
 
 @contextmanager
-def _observed(block: Block, sites: Sequence[Site], device: torch.device) -> Iterator[dict[Site, InputMoments]]:
-    """Within it, every forward of the block adds to the moments of ``sites``."""
+def _observed(block: Block, device: torch.device) -> Iterator[dict[Site, InputMoments]]:
+    """Within it, every forward of the block adds to the moments of its four inputs."""
 
     def observe(moments: InputMoments, module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         moments.add(args[0], output)
 
-    moments, handles = {}, []
-    for site in sites:
+    moments: dict[Site, InputMoments] = {}
+    handles = []
+    for site in SITES:
         linear = getattr(block, site)
         moments[site] = InputMoments(linear.in_features, device)
         handles.append(linear.input_quantizer.register_forward_hook(partial(observe, moments[site])))
@@ -77,15 +82,13 @@ def _run(block: Block, x_BTD: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def input_hessians(
-    block: Block, name: str, hidden: Sequence[Tensor], sites: Sequence[Site], device: torch.device
-) -> dict[Site, Tensor]:
-    """H of the inputs of ``sites``, from one pass of all hidden states through the block.
+def input_hessians(block: Block, name: str, hidden: Sequence[Tensor], device: torch.device) -> dict[Site, Tensor]:
+    """H of the four linears' inputs, from one pass of all hidden states through the block.
 
     Raises:
         ValueError: An input was NaN or infinite; the line names the layer.
     """
-    with _observed(block, sites, device) as moments:
+    with _observed(block, device) as moments:
         for x_BTD in hidden:
             _run(block, x_BTD, device)
     for site, measured in moments.items():

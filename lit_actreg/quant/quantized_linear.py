@@ -17,6 +17,15 @@ from lit_actreg.quant.linear import InputQuantizer
 from lit_actreg.quant.weight_grid import dequantize_weight
 
 
+def int4_obstacle(weight_bits: int, symmetric: bool, activations: str) -> str | None:
+    """Why the integer kernels cannot serve such a layer; None if they can."""
+    if activations == "none":
+        return "their inputs are not quantized"
+    if weight_bits > 4:
+        return f"their weights have {weight_bits} bits, the kernels hold 4"
+    return None if symmetric else "their weights are asymmetric"
+
+
 class QuantizedLinear(nn.Module):
     """y = Ŵ x̂ + b: [..., K] → [..., N], computed in float32, returned in the input's dtype.
 

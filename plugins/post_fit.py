@@ -1,0 +1,70 @@
+"""Quantizes the model when a fit ends, with the same function as ``lit-actreg quantize``.
+
+On the command line:
+
+    lit-actreg fit --config … --trainer.callbacks+=PostFitQuantization --trainer.callbacks.quantizer=GPTQ \\
+        --trainer.callbacks.output=artifacts/gptq
+
+The fit's last weights are quantized, on rank zero alone. A sharded model (FSDP2) is refused before the first step,
+because no rank holds it whole: run ``lit-actreg quantize`` on its checkpoint.
+"""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lit_actreg.artifact import check_output
+from lit_actreg.contracts import Quantizer
+from lit_actreg.model import Decoder
+from lit_actreg.quantize import quantize_model
+
+
+class PostFitQuantization(Callback):
+    """Writes a quantized checkpoint when the fit ends.
+
+    Args:
+        quantizer: What turns weights into codes.
+        output: Folder of the artifact.
+        calibration_tokens: Tokens of the training text that calibration sees.
+        seed: Which ones.
+        overwrite: Whether an artifact that is already there is replaced.
+    """
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        output: Path = Path("artifacts/post_fit"),
+        calibration_tokens: int = 131072,
+        seed: int = 0,
+        overwrite: bool = False,
+    ) -> None:
+        self.quantizer, self.output = quantizer, Path(output)
+        self.calibration_tokens, self.seed, self.overwrite = calibration_tokens, seed, overwrite
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses before the fit what would fail after it."""
+        if stage != "fit":
+            return
+        check_output(self.output, self.overwrite)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                "PostFitQuantization cannot gather a sharded model: run `lit-actreg quantize` on its checkpoint instead"
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        model, data = pl_module.model, trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(model, Decoder)
+        with torch.no_grad():
+            quantize_model(
+                model,
+                self.quantizer,
+                data.calibration_batches(self.calibration_tokens, self.seed),
+                self.output,
+                data.tokenizer_path,
+                device=pl_module.device,
+                overwrite=self.overwrite,
+            )

@@ -1,0 +1,73 @@
+"""A Lightning precision that runs quantized linears on 4-bit integer kernels, in validate, test and predict.
+
+Every :class:`~lit_actreg.quant.quantized_linear.QuantizedLinear` becomes an
+:class:`~lit_actreg_kernels.module.Int4Linear`: the same codes, scales and grids, but an exact integer product instead
+of a float one (Triton on a GPU, its plain reference on a CPU). Layers that the kernel cannot serve stay as they are,
+and one line says how many and why.
+
+``Precision.convert_module`` is Lightning's hook for this, called on every strategy after ``configure_model``; it
+changes the module in place. It cannot be combined with ``--trainer.precision``, so activations between the linears
+have ``dtype``.
+"""
+
+from collections import Counter
+from typing import Literal
+
+import torch
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lit_actreg_kernels.module import Int4Linear
+from torch import nn
+
+from lit_actreg.quant.quantized_linear import QuantizedLinear, int4_obstacle
+
+
+def int4_linear(linear: QuantizedLinear) -> Int4Linear:
+    """The kernel's module of a layer for which :func:`int4_obstacle` finds none."""
+    return Int4Linear(
+        linear.codes,
+        linear.weight_scale,
+        linear.bias,
+        linear.input_scale,
+        linear.input_zero_point,
+        linear.activation_bits,
+        linear.weight_bits,
+    )
+
+
+class W4A4Precision(Precision):
+    """Runs the linears of a quantized checkpoint on 4-bit integer kernels.
+
+    Args:
+        dtype: Floating-point type of everything between the integer products: "float32", or "bfloat16" for speed.
+    """
+
+    precision = "w4a4"  # type: ignore[assignment] # Lightning lists only its own names
+
+    def __init__(self, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'dtype "{dtype}" is unknown: choose "float32" or "bfloat16"')
+        self.dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        obstacles: Counter[str] = Counter()
+        num_swapped = 0
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                if not isinstance(child, QuantizedLinear):
+                    continue
+                obstacle = int4_obstacle(child.weight_bits, child.weight_zero_point is None, child.activations)
+                if obstacle is not None:
+                    obstacles[obstacle] += 1
+                else:
+                    setattr(parent, name, int4_linear(child))
+                    num_swapped += 1
+        if num_swapped + obstacles.total() == 0:
+            raise ValueError("W4A4Precision found no quantized linear: give `validate` a folder that `quantize` wrote")
+        for part in module.modules():  # the quantized layers' scales stay float32
+            if not isinstance(part, QuantizedLinear | Int4Linear):
+                for parameter in part.parameters(recurse=False):
+                    parameter.data = parameter.data.to(self.dtype)
+        reasons = "".join(f"; {count} stay in float: {reason}" for reason, count in obstacles.items())
+        rank_zero_info(f"W4A4Precision: {num_swapped} linears on integer kernels{reasons}")
+        return module
