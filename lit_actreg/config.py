@@ -47,7 +47,9 @@ class ModelConfig:
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(f"width {self.width} does not split into {self.num_heads} heads of even width: change one")
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}: change one")
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}: change one"
+            )
         if self.style == "neox" and self.kv_heads != self.num_heads:
             raise ValueError('num_kv_heads needs style "llama": GPT-NeoX has no grouped-query attention')
 
@@ -76,15 +78,14 @@ class QuantConfig:
         activation_bits: Bits of the grid, 2-8.
         zero_point: "integer" (zero is exact; kernels and formats can hold it) or "real" (as published).
         sites: Linear inputs that are quantized.
-        outside_gradient: Gradient of an input outside its clips. "masked": none, as published; "passed": unchanged;
-            "inward": only where a descent step would bring the input back inside.
+        outside_gradient: Gradient of an input outside its clips: "masked" (none, as published) or "passed".
     """
 
     activations: Literal["none", "static", "clamp", "token"] = "static"
     activation_bits: int = 4
     zero_point: Literal["integer", "real"] = "integer"
     sites: list[Site] = field(default_factory=lambda: list(SITES))
-    outside_gradient: Literal["masked", "passed", "inward"] = "inward"
+    outside_gradient: Literal["masked", "passed"] = "masked"
 
     def __post_init__(self) -> None:
         if not 2 <= self.activation_bits <= 8:

@@ -10,57 +10,23 @@ codes (the clips themselves with a real zero point; z is straight-through), g th
     x ≤ e⁻          dx = 0        dc⁻ += g
     between         dx = g        dc⁺ −= δ g      dc⁻ += δ g
 
-The clip gradients are summed in float32 (float64 for float64 inputs) over all elements. What dx is outside the
-clips is an option, because zero is what stalls training (docs/qat-stability.md):
-
-- "masked": zero, as published. An input that is outside for every token is never moved again.
-- "passed": g. Nothing keeps an input from drifting further out, where it has no effect any more.
-- "inward": g where a descent step brings the input back (x ≥ e⁺ and g > 0, or x ≤ e⁻ and g < 0), else zero.
+There is no custom backward: x̂ is written as clip(x) + s · (round u − u), the second factor a constant, and
+differentiating that gives the table. So it stays right, and fuses with its neighbours, under torch.compile, where a
+custom ``autograd.Function`` lost every gradient on torch 2.11 (pytorch#180642; docs/qat-stability.md tells the tale).
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lit_actreg_kernels.grid import code_range, grid_from_clips, grid_per_token
 from torch import Tensor
 
-Outside = Literal["masked", "passed", "inward"]
+Outside = Literal["masked", "passed"]
 
 
-def _wide(x: Tensor) -> Tensor:
+def _widen(x: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32: rounding, and the sums of the clip gradients, need the bits."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-class _FakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, low: Tensor, high: Tensor, bits: int, integer: bool, outside: Outside, rounds: bool
-    ) -> Tensor:
-        q_min, q_max = code_range(bits)
-        scale, zero_point = grid_from_clips(low, high, bits, integer)
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.bits, ctx.outside, ctx.rounds = bits, outside, rounds
-        u = (_wide(x) / scale + zero_point).clamp(q_min, q_max)
-        return (((u.round() if rounds else u) - zero_point) * scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale, zero_point = ctx.saved_tensors
-        q_min, q_max = code_range(ctx.bits)
-        g = _wide(grad)
-        u = _wide(x) / scale + zero_point
-        above, below = u >= q_max, u <= q_min
-        inside = ~(above | below)
-        if ctx.outside == "passed":
-            grad_x = g
-        elif ctx.outside == "inward":
-            grad_x = torch.where(inside | (above & (g > 0)) | (below & (g < 0)), g, 0.0)
-        else:
-            grad_x = torch.where(inside, g, 0.0)
-        residual = (u - u.round()) / (q_max - q_min) * g if ctx.rounds else torch.zeros_like(g)
-        grad_high = torch.where(above, g, torch.where(below, 0.0, -residual)).sum()
-        grad_low = torch.where(below, g, torch.where(above, 0.0, residual)).sum()
-        return grad_x.to(x.dtype), grad_low.reshape(1), grad_high.reshape(1), None, None, None, None
 
 
 def fake_quantize(
@@ -69,20 +35,40 @@ def fake_quantize(
     high: Tensor,
     bits: int = 4,
     integer_zero_point: bool = True,
-    outside: Outside = "inward",
+    outside: Outside = "masked",
     rounds: bool = True,
 ) -> Tensor:
-    """x̂ of x [...] on the grid that spans the clips ``low`` and ``high`` [1], with the gradients above.
+    """x̂ of x [...] on the grid that spans the clips ``low`` and ``high`` [1], in the dtype of x.
 
-    ``rounds=False`` clamps to the grid's ends without rounding: the paper's activation clamping.
+    Args:
+        outside: Gradient of an x outside its clips: "masked", none, as published; "passed", g.
+        rounds: False clamps to the grid's ends without rounding: the paper's activation clamping.
     """
-    return _FakeQuantize.apply(x, low, high, bits, integer_zero_point, outside, rounds)
+    q_min, q_max = code_range(bits)
+    wide = _widen(x)
+    with torch.no_grad():
+        scale, zero_point = grid_from_clips(low, high, bits, integer_zero_point)
+    # The values of the end codes; each follows its clip one to one.
+    low_end = (q_min - zero_point) * scale + (low - low.detach())
+    high_end = (q_max - zero_point) * scale + (high - high.detach())
+    through = wide - wide.detach() if outside == "passed" else 0.0
+    clipped = torch.where(wide >= high_end, high_end + through, torch.where(wide <= low_end, low_end + through, wide))
+    if not rounds:
+        return clipped.to(x.dtype)
+    with torch.no_grad():
+        u = (wide / scale + zero_point).clamp(q_min, q_max)
+        residual = u.round() - u
+        on_grid = (u.round() - zero_point) * scale
+    step = (high - high.detach() - low + low.detach()) / (q_max - q_min)  # zero, with the gradient of the scale
+    # In value this is x̂ to the last bit (exactly as kernels and formats compute it); in gradient clip(x) + s·residual.
+    return (on_grid + (clipped - clipped.detach()) + step * residual).to(x.dtype)
 
 
 def fake_quantize_per_token(x: Tensor, bits: int = 4) -> Tensor:
     """x̂ of x [..., K] on each token's own min-max grid; straight-through gradient (nothing is clipped)."""
     q_min, q_max = code_range(bits)
-    wide = _wide(x.detach())
-    scale, zero_point = grid_per_token(wide, bits)
-    x_hat = ((wide / scale + zero_point).round().clamp(q_min, q_max) - zero_point) * scale
-    return x + (x_hat.to(x.dtype) - x.detach())
+    with torch.no_grad():
+        wide = _widen(x)
+        scale, zero_point = grid_per_token(wide, bits)
+        x_hat = ((wide / scale + zero_point).round().clamp(q_min, q_max) - zero_point) * scale
+    return x_hat.to(x.dtype) + (x - x.detach())
