@@ -7,9 +7,10 @@ in scale and some inputs lie outside the clips. Widths are odd for the formats: 
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from lit_actreg.config import ModelConfig, QuantConfig
 from lit_actreg.model import Decoder
-from torch import Tensor
 
 VOCAB_SIZE = 256
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from small_models import small_decoder, text_ids
+
 from lit_actreg.config import SITES
 from lit_actreg.quant.calibration import advance, embed_tokens, input_hessians
-from small_models import small_decoder, text_ids
 
 CPU = torch.device("cpu")
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from lit_actreg.quant.weight_grid import dequantize_weight, relative_layer_error, weight_grid
 from lit_actreg_plugins.gptq import GPTQ, inverse_factor
 from lit_actreg_plugins.rtn import RTN
 from small_models import correlated_inputs
+
+from lit_actreg.quant.weight_grid import dequantize_weight, relative_layer_error, weight_grid
 
 
 def optimal_brain_surgery(weight, hessian, bits, symmetric, group_size, search, ordered, damping):
@@ -13,7 +14,7 @@ def optimal_brain_surgery(weight, hessian, bits, symmetric, group_size, search, 
 
     Minimizing tr(Δ H Δᵀ) with column i fixed moves the columns F still free by −e (H_F⁻¹)_i / (H_F⁻¹)_ii.
     """
-    num_rows, num_columns = weight.shape
+    num_columns = weight.shape[1]
     h = hessian + damping * hessian.diagonal().mean() * torch.eye(num_columns, dtype=torch.float64)
     order = h.diagonal().argsort(descending=True).tolist() if ordered else list(range(num_columns))
     size = group_size or num_columns

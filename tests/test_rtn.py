@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from lit_actreg.quant.weight_grid import SHRINK_FACTORS, dequantize_weight
 from lit_actreg_plugins.rtn import RTN
+
+from lit_actreg.quant.weight_grid import SHRINK_FACTORS, dequantize_weight
 
 
 def rounded(row, bits, symmetric, factor):

@@ -1,0 +1,146 @@
+"""The folder that is written is the folder that is read, whole or not at all."""
+
+import json
+
+import pytest
+import torch
+from lit_actreg_plugins.rtn import RTN
+from safetensors.torch import load_file, save_file
+from small_models import small_decoder, text_ids
+
+from lit_actreg.artifact import read_artifact
+from lit_actreg.compressed_tensors import choose_format, pack_int32, unpack_int32
+from lit_actreg.config import SITES, QuantConfig
+from lit_actreg.quantize import quantize_model
+
+
+def written(folder, style="llama", quantizer=None, quant=None, tie=True, **options):
+    model = small_decoder(style, quant, tie)
+    quantize_model(model, quantizer or RTN(), [], folder, **options)
+    return model
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [1, 7, 8, 33])
+def test_packing_is_compressed_tensors_own(bits, columns):
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, columns), dtype=torch.int8)
+    packed = pack_int32(codes, bits)
+    assert torch.equal(unpack_int32(packed, bits, columns), codes)
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    assert torch.equal(packed, helpers.pack_to_int32(codes, bits))
+
+
+@pytest.mark.parametrize("style", ["neox", "llama"])
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(
+    ("quantizer", "format"),
+    [
+        (RTN(4), "pack-quantized"),
+        (RTN(8, group_size=9), "pack-quantized"),
+        (RTN(3), "int-quantized"),
+        (RTN(4, symmetric=False, group_size=9), "int-quantized"),
+    ],
+)
+def test_codes_and_float_tensors_survive(style, tie, quantizer, format, tmp_path):
+    model = written(tmp_path / "out", style, quantizer, tie=tie)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == format
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) == (not tie and style == "llama")
+    read = read_artifact(tmp_path / "out")
+    assert (read.config, read.quant.activations, read.vocab_size) == (model.config, "static", model.vocab_size)
+    assert (read.head.weight is read.embedding.weight) == tie
+    for index, block in enumerate(model.blocks):
+        for site in SITES:
+            expected = quantizer.quantize_weight(block.get_submodule(site).weight.data, None)
+            linear = read.blocks[index].get_submodule(site)
+            assert torch.equal(linear.codes, expected.codes)
+            assert torch.equal(linear.weight_scale, expected.scale)
+            if expected.zero_point is not None:
+                assert torch.equal(linear.weight_zero_point, expected.zero_point)
+            # What runs is the trained layer with Ŵ for W, to the bit.
+            trained = block.get_submodule(site)
+            trained.weight.data = linear.dequantized_weight()
+            x = 2 * torch.randn(3, 5, linear.in_features)
+            assert torch.equal(linear(x), trained(x))
+    ids = text_ids(2)
+    assert torch.equal(read.logits(read(ids)[0]), model.logits(model(ids)[0]))
+
+
+@pytest.mark.parametrize("activations", ["static", "token", "none", "clamp"])
+@pytest.mark.parametrize("sites", [list(SITES), ["qkv", "mlp_in"], ["mlp_proj"], []])
+def test_input_grids_by_site(activations, sites, tmp_path):
+    quant = QuantConfig(activations=activations, activation_bits=5, sites=sites)
+    kept = {"clamp": "none"}.get(activations, activations)
+    if kept == "none" or not sites:
+        with pytest.warns(UserWarning, match="WEIGHTS ONLY"):
+            written(tmp_path / "out", quant=quant)
+    else:
+        written(tmp_path / "out", quant=quant)
+    read = read_artifact(tmp_path / "out")
+    for site in SITES:
+        linear = read.blocks[1].get_submodule(site)
+        assert linear.activations == (kept if site in sites else "none")
+        assert linear.activations == "none" or linear.activation_bits == 5
+
+
+def test_a_wish_that_stock_readers_cannot_load_is_refused():
+    assert choose_format(4, True, "int-quantized") == "int-quantized"
+    for bits, symmetric in ((3, True), (4, False)):
+        with pytest.raises(ValueError, match='format "pack-quantized" holds symmetric weights of 4 or 8 bits'):
+            choose_format(bits, symmetric, "pack-quantized")
+
+
+def test_existing_folders_are_safe(tmp_path):
+    out = tmp_path / "out"
+    written(out)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="already holds a quantized checkpoint"):
+        written(out, quantizer=RTN(3))
+    assert (out / "model.safetensors").read_bytes() == before
+    written(out, quantizer=RTN(3), overwrite=True)
+    assert read_artifact(out).blocks[0].qkv.weight_bits == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(FileExistsError, match="is not a quantized checkpoint"):
+        written(tmp_path / "mine", overwrite=True)
+
+
+def test_a_failed_write_leaves_the_old_artifact(tmp_path):
+    out = tmp_path / "out"
+    written(out)
+    before = (out / "model.safetensors").read_bytes()
+    (tmp_path / "tokenizer.json").write_text("not JSON")
+    with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
+        written(out, quantizer=RTN(3), overwrite=True, tokenizer=tmp_path / "tokenizer.json")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_what_is_not_an_artifact_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_artifact(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not a quantized checkpoint"):
+        read_artifact(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), r"model\.norm\.weight' is missing"),
+        (lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight_scale"), "weight_scale' is missing"),
+        (lambda tensors: tensors.update(extra=torch.ones(1)), r"unexpected 1 tensors \(extra\)"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(35)}),
+            r"norm.weight is \[35\], not \[36\]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_in_one_line(change, line, tmp_path):
+    written(tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ValueError, match=line) as error:
+        read_artifact(tmp_path / "out")
+    assert "\n" not in str(error.value)
