@@ -1,4 +1,4 @@
-"""The 4-bit grid: rounding, clips, per-token grids, packing. Every kernel and every export is measured against these."""
+"""The 4-bit grid: rounding, clips, per-token grids, packing. All kernels and exports are measured against these."""
 
 import pytest
 import torch

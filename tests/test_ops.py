@@ -1,4 +1,4 @@
-"""The operators and the module: torch's own operator checks, compile, exact agreement with fake quantization, errors."""
+"""The operators and the module: operator checks, compile, agreement with fake quantization, errors."""
 
 import pytest
 import torch
