@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.contracts import LossTerm
-from lit_actreg.quant.linear import QuantLinear
+from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
 
 
 def rotary_angles(num_tokens: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.norm_2 = norm(width, eps=config.norm_eps)
         # "llama": the rows of gate, then the rows of up
         self.mlp_in = QuantLinear(width, hidden if bias else 2 * hidden, bias, "mlp_in", quant)
-        self.mlp_proj = QuantLinear(hidden, width, bias, "mlp_proj", quant)
+        self.mlp_proj = QuantLinear(hidden, width, bias, "mlp_proj", quant, GELU_MINIMUM if bias else None)
 
     def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Causal attention: [B, T, (H + 2G)·E] → [B, T, D]."""

@@ -3,8 +3,8 @@
     python stock_reader.py <folder of requests> <artifact> …
 
 For every artifact it reads ``<name>.in.safetensors`` (token ids "ids" [B, T], and one input a linear, by its name in
-the checkpoint) and writes ``<name>.out.safetensors``: that linear's output ("<linear>.y"), the codes of its input while the
-model reads the ids ("<linear>.codes"), its dequantized weight ("<linear>.w"), and the text's perplexity.
+the checkpoint) and writes ``<name>.out.safetensors``: that linear's output ("<linear>.y"), the codes of its input while
+the model reads the ids ("<linear>.codes"), its dequantized weight ("<linear>.w"), and the perplexity of the text.
 """
 
 import sys
