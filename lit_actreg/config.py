@@ -4,8 +4,8 @@ They are the YAML's vocabulary (LightningCLI shows the comments as help) and tra
 A user's mistake raises ``ValueError`` with one line that names the field, the reason and the mend.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 Site = Literal["qkv", "attn_proj", "mlp_in", "mlp_proj"]
 SITES: tuple[Site, ...] = ("qkv", "attn_proj", "mlp_in", "mlp_proj")
@@ -118,3 +118,8 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A dataclass as plain values, for checkpoints, which must load with ``weights_only``."""
+    return asdict(config)

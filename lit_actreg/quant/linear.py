@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_actreg.config import QuantConfig, Site
 from lit_actreg.quant.fake_quant import fake_quantize, fake_quantize_per_token
 
-# Lower bounds of the activation functions: a clip below them would waste codes. min GELU(x) = −0.16997 at x = −0.7518.
+# Lowest value of the activation function, where c⁻ belongs. min GELU(x) = −0.16997, at x = −0.7518.
 GELU_MINIMUM = -0.17
 
 
@@ -20,23 +20,36 @@ class InputQuantizer(nn.Module):
     Args:
         site: Which of the block's four linear inputs this is.
         config: Grid, gradient treatment, and which sites are quantized.
+        lower_bound: Lowest value the input can take, if it is known.
+
+    Attributes:
+        enabled: While False, inputs with clips pass unchanged (before a delayed start). The clips then still take part
+            in the graph, with zero gradients, as DistributedDataParallel wants. Changing it, or ``bits``, makes a
+            compiled block compile once more.
     """
 
-    def __init__(self, site: Site, config: QuantConfig) -> None:
+    def __init__(self, site: Site, config: QuantConfig, lower_bound: float | None = None) -> None:
         super().__init__()
         self.site = site
+        self.lower_bound = lower_bound
         self.outside = config.outside_gradient
         self.integer_zero_point = config.zero_point == "integer"
         self.bits = config.activation_bits
         self.mode = config.activations if site in config.sites else "none"
-        self.low = nn.Parameter(torch.full((1,), -4.0))
-        self.high = nn.Parameter(torch.full((1,), 4.0))
+        self.enabled = True
+        learned = self.mode in ("static", "clamp")
+        # On a known bound c⁻ stays: learned, it rose above GELU's minimum and masked the whole negative lobe.
+        on_bound = lower_bound is not None
+        self.low = nn.Parameter(torch.full((1,), lower_bound if on_bound else -4.0), learned and not on_bound)
+        self.high = nn.Parameter(torch.full((1,), 4.0), learned)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "none":
             return x
         if self.mode == "token":
             return fake_quantize_per_token(x, self.bits)
+        if not self.enabled:
+            return x + 0.0 * (self.low + self.high).to(x.dtype)
         rounds = self.mode == "static"
         return fake_quantize(x, self.low, self.high, self.bits, self.integer_zero_point, self.outside, rounds)
 
@@ -47,9 +60,17 @@ class InputQuantizer(nn.Module):
 class QuantLinear(nn.Linear):
     """y = W x̂ + b with x̂ = ``input_quantizer(x)``: [..., K] → [..., N]."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, site: Site, config: QuantConfig) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        site: Site,
+        config: QuantConfig,
+        lower_bound: float | None = None,
+    ) -> None:
         super().__init__(in_features, out_features, bias)
-        self.input_quantizer = InputQuantizer(site, config)
+        self.input_quantizer = InputQuantizer(site, config, lower_bound)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.input_quantizer(x))

@@ -1,0 +1,142 @@
+"""How the clips c⁻, c⁺ of the input quantizers start and move over a fit.
+
+- *Calibration*: at given steps every clip is set from the inputs of the batch at hand (:mod:`lit_actreg.quant.clips`).
+  The first steps change activations faster than any learning rate follows.
+- *Learning*: then by gradient, with Adam's step but without momentum or decay. With the "relative" unit a step moves
+  a clip by lr times half its interval; an absolute one that suits ±2.5 behind a norm is a tenth of the attention
+  projection's ±0.3 in a dozen steps. The rate follows the weights' schedule, and stops at ``freeze_step``.
+- *Bits*: by step, 16 meaning not yet quantized; {0: 16, 200: 8, 400: 4} starts late and narrows.
+
+Everything is a function of the global step, so it is right at once after a resume.
+"""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_actreg.config import SITES
+from lit_actreg.quant.clips import ClipMethod, initial_clips
+from lit_actreg.quant.linear import InputQuantizer, QuantLinear
+from lit_actreg.quant.observe import observe_inputs
+
+
+class ClipSchedule(Callback):
+    """Calibrates and learns the clips of the input quantizers.
+
+    Args:
+        lr: Peak learning rate of the clips; 0 leaves them where calibration put them.
+        unit: "relative": lr is a share of half the clip interval; "absolute": of 1.
+        momentum: Adam's β₁ for the clips.
+        freeze_step: Optimizer step from which the clips stay fixed; null means never.
+        bits: Bits of the grid from given optimizer steps on, 16 for none; null means quant.activation_bits throughout.
+        calibrate_steps: Optimizer steps at which the clips are set from the batch.
+        method: How they are set: "mse", "minmax", "quantile" or "constant".
+        constant: Clips ±constant of the method "constant".
+        tail: Share of values below c⁻ and above c⁺ of the method "quantile".
+    """
+
+    def __init__(
+        self,
+        lr: float = 2e-3,
+        unit: Literal["relative", "absolute"] = "relative",
+        momentum: float = 0.0,
+        freeze_step: int | None = None,
+        bits: dict[int, int] | None = None,
+        calibrate_steps: list[int] | None = None,
+        method: ClipMethod = "mse",
+        constant: float = 4.0,
+        tail: float = 1e-3,
+    ) -> None:
+        wrong = [b for b in (bits or {}).values() if b != 16 and not 2 <= b <= 8]
+        if wrong:
+            raise ValueError(f"clips.bits {wrong} are out of range: choose 2 to 8, or 16 for no quantization")
+        self.lr, self.unit, self.momentum, self.freeze_step, self.bits = lr, unit, momentum, freeze_step, bits
+        self.calibrate_steps = set(range(0, 101, 10) if calibrate_steps is None else calibrate_steps)
+        self.method, self.constant, self.tail = method, constant, tail
+        self._before_step: list[tuple[Tensor, Tensor]] = []
+        self._calibrated_step = -1
+
+    def _quantizers(self, module: LightningModule) -> list[tuple[str, InputQuantizer]]:
+        named = []
+        for layer, block in enumerate(module.model.blocks):  # type: ignore[union-attr,arg-type]
+            for site in SITES:
+                linear = getattr(block, site)
+                if isinstance(linear, QuantLinear) and linear.input_quantizer.mode in ("static", "clamp"):
+                    named.append((f"{site}/{layer:02d}", linear.input_quantizer))
+        return named
+
+    def bits_at(self, step: int, default: int) -> int:
+        """Bits of the grid at an optimizer step."""
+        started = {first: bits for first, bits in (self.bits or {}).items() if int(first) <= step}
+        return started[max(started)] if started else default
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+        step = trainer.global_step
+        for _, quantizer in self._quantizers(pl_module):
+            bits = self.bits_at(step, pl_module.quant.activation_bits)  # type: ignore[union-attr]
+            quantizer.enabled = bits != 16
+            quantizer.bits = bits if bits != 16 else quantizer.bits
+        if step in self.calibrate_steps and step != self._calibrated_step:
+            self.calibrate(trainer, pl_module, batch[:, :-1])
+            self._calibrated_step = step
+
+    @torch.no_grad()
+    def calibrate(self, trainer: Trainer, module: LightningModule, ids: Tensor) -> None:
+        """Sets every clip from the inputs that ids [B, T] give its site; the mean over ranks."""
+        found: list[tuple[InputQuantizer, Tensor]] = []
+
+        def observer(layer: int, site: str, linear: torch.nn.Module, x: Tensor) -> None:
+            quantizer = linear.input_quantizer
+            assert isinstance(quantizer, InputQuantizer)
+            if quantizer.mode in ("static", "clamp"):
+                clips = initial_clips(
+                    x,
+                    self.method,
+                    quantizer.bits,
+                    quantizer.integer_zero_point,
+                    quantizer.lower_bound,
+                    self.constant,
+                    self.tail,
+                )
+                found.append((quantizer, torch.cat(clips)))
+
+        with trainer.precision_plugin.forward_context():
+            observe_inputs(module.model, ids, observer)  # type: ignore[arg-type]
+        if found:
+            values = trainer.strategy.reduce(torch.stack([clips for _, clips in found]), reduce_op="mean")
+            for (quantizer, _), (low, high) in zip(found, values, strict=True):
+                quantizer.low.fill_(low)
+                quantizer.high.fill_(high)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        frozen = self.freeze_step is not None and trainer.global_step >= self.freeze_step
+        for group in optimizer.param_groups:
+            if group["name"] == "clips":
+                group["lr"] = 0.0 if frozen else self.lr * pl_module.lr_factor(trainer.global_step)  # type: ignore[operator]
+                group["betas"] = (self.momentum, group["betas"][1])
+                if self.unit == "relative":
+                    self._before_step = [(p, p.detach().clone()) for p in group["params"]]
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._before_step:
+            self._scale_step(pl_module)
+            self._before_step = []
+        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.logger is not None:  # type: ignore[attr-defined]
+            values = {"clips/bits": self.bits_at(trainer.global_step, pl_module.quant.activation_bits)}  # type: ignore[union-attr]
+            for name, quantizer in self._quantizers(pl_module):
+                values |= {f"clips_low_{name}": quantizer.low, f"clips_high_{name}": quantizer.high}
+            pl_module.log_dict({name: float(value) for name, value in values.items()})
+
+    def _scale_step(self, module: LightningModule) -> None:
+        """Turns the step just made, in absolute units, into one in units of half the clip interval."""
+        before = {id(p): old for p, old in self._before_step}
+        for _, quantizer in self._quantizers(module):
+            old_low, old_high = (before.get(id(p), p) for p in (quantizer.low, quantizer.high))
+            half = (old_high - old_low) / 2
+            for clip, old in ((quantizer.low, old_low), (quantizer.high, old_high)):
+                if id(clip) in before:
+                    clip.copy_(old + half * (clip - old))

@@ -1,0 +1,42 @@
+"""Kurtosis regularization of layer outputs (arXiv 2404.03605, section "output regularization").
+
+    penalty = λ(step) · Σ over blocks and chosen linears of κ̄,      κ̄ = mean over tokens of mean((y − μ)⁴) / (σ⁴ + ε)
+
+with moments over the features of each token's output y, before anything is added to it. There is no target: κ is
+minimized outright. Normalization: mean over tokens, sum over linears; the paper leaves both open, so its λ = 1e-5 is
+not comparable as it stands. A Gaussian has κ = 3: N regularized linears start near 3 · N · λ nats.
+
+Without QAT the model may then do what it likes; with QAT and without this, it moves the difficulty of outlier
+channels from its activations into its weights (docs/study.md).
+"""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_actreg.config import SITES, Site
+from lit_actreg.contracts import LossTerm
+from lit_actreg.quant.statistics import token_kurtosis
+
+
+class KurtosisRegularization(Callback):
+    """Adds the mean per-token kurtosis of the blocks' linear outputs to the loss.
+
+    Args:
+        weight: λ, in nats per unit of kurtosis and linear; 0 switches the regularization off.
+        sites: The linears that are regularized, by their input site.
+        warmup_steps: Optimizer steps over which λ rises linearly from zero.
+    """
+
+    def __init__(self, weight: float = 1e-5, sites: list[Site] | None = None, warmup_steps: int = 0) -> None:
+        self.weight, self.warmup_steps = weight, warmup_steps
+        self.sites = tuple(SITES if sites is None else sites)
+        if weight < 0:
+            raise ValueError(f"kurtosis.weight {weight} is negative and would grow outliers: use 0 or more")
+
+    def coefficient(self, step: int) -> float:
+        """λ at an optimizer step: of the step alone, so a resumed run continues it."""
+        return self.weight * min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Registers the loss term before the model is built."""
+        if stage == "fit" and self.weight > 0 and self.sites:
+            pl_module.loss_terms["kurtosis"] = LossTerm(token_kurtosis, self.sites, self.coefficient)  # type: ignore[union-attr,index]

@@ -1,0 +1,81 @@
+"""What a path given as a checkpoint is, and what it says of the model and its tokenizer.
+
+Three kinds are understood: a Lightning checkpoint (.ckpt), a folder that `quantize` wrote, and an unquantized Hugging
+Face folder. A Lightning checkpoint carries its tokenizer, so that it can be used on any text and on any machine.
+"""
+
+import hashlib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_actreg.artifact import is_artifact
+from lit_actreg.compressed_tensors import read_quantization_config
+from lit_actreg.config import ModelConfig, QuantConfig
+from lit_actreg.huggingface import model_config, read_config
+
+TOKENIZER_KEY = "tokenizer_json"
+
+
+@dataclass
+class CheckpointInfo:
+    """What a checkpoint fixes.
+
+    Attributes:
+        shape: Shape of the decoder.
+        quant: How its inputs are quantized; None where it does not say (an unquantized Hugging Face folder).
+        vocab_size: Rows of its embedding.
+        tokenizer: Its tokenizer.json, if it has one.
+        folder: The Hugging Face folder; None for a Lightning checkpoint.
+    """
+
+    shape: ModelConfig
+    quant: QuantConfig | None
+    vocab_size: int
+    tokenizer: Path | None
+    folder: Path | None
+
+
+def load_lightning_checkpoint(path: Path) -> dict[str, Any]:
+    """The dict in a .ckpt file, memory-mapped on the CPU, loaded without running any code from it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if "state_dict" in checkpoint and {"shape", "quant", "vocab_size"} <= set(checkpoint["hyper_parameters"]):
+            return checkpoint
+    except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, KeyError, EOFError):
+        pass
+    raise ValueError(f"{path} is not a checkpoint of lit-actreg: name a .ckpt file that `lit-actreg fit` wrote")
+
+
+def read_checkpoint_info(path: Path, cache_dir: Path) -> CheckpointInfo:
+    """What the checkpoint at ``path`` says; the tokenizer of a .ckpt is unpacked into ``cache_dir``.
+
+    Raises:
+        FileNotFoundError: There is nothing at ``path``.
+        ValueError: It is none of the three kinds.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist: name a .ckpt file or a checkpoint folder")
+    if path.is_dir():
+        config = read_config(path)
+        shape, vocab_size = model_config(config, path)
+        quant = None
+        if is_artifact(path):
+            quant, _ = read_quantization_config(config["quantization_config"], shape.style)
+        tokenizer = path / "tokenizer.json"
+        return CheckpointInfo(shape, quant, vocab_size, tokenizer if tokenizer.exists() else None, path)
+    checkpoint = load_lightning_checkpoint(path)
+    saved = checkpoint["hyper_parameters"]
+    tokenizer_path = None
+    if TOKENIZER_KEY in checkpoint:
+        text = checkpoint[TOKENIZER_KEY]
+        folder = cache_dir / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        tokenizer_path = folder / "tokenizer.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer_path.write_text(text)
+    return CheckpointInfo(
+        ModelConfig(**saved["shape"]), QuantConfig(**saved["quant"]), saved["vocab_size"], tokenizer_path, None
+    )

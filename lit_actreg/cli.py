@@ -1,0 +1,99 @@
+"""The command line: where parts meet. `lit-actreg fit | validate | test | predict | quantize`.
+
+LightningCLI turns the signatures and docstrings of the module, the DataModule, the Trainer and the callbacks
+into options. Plugins are found by entry point (group ``lit_actreg.plugins``) and imported before parsing, so that
+their classes can be named: ``--quantizer GPTQ``. A user's mistake ends with one line and exit status 2;
+LIT_ACTREG_TRACEBACK=1 shows where it was noticed.
+"""
+
+import os
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lit_actreg.callbacks.checkpoint import ResumeCheckpoint
+from lit_actreg.callbacks.clip_schedule import ClipSchedule
+from lit_actreg.callbacks.kurtosis import KurtosisRegularization
+from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
+from lit_actreg.checkpoint import read_checkpoint_info
+from lit_actreg.config import OptimConfig, as_plain
+from lit_actreg.contracts import ENTRY_POINT_GROUP
+from lit_actreg.data.datamodule import TextDataModule
+from lit_actreg.module import LitLanguageModel
+from lit_actreg.trainer import ActRegTrainer
+
+
+class ActRegCLI(LightningCLI):
+    """LightningCLI with our links, callbacks and subcommand."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands and ours."""
+        return LightningCLI.subcommands() | {"quantize": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(OptimConfig, "optim")
+        parser.link_arguments("optim", "model.optim")
+        parser.link_arguments("data.vocab_size", "model.vocab_size")
+        parser.link_arguments("data.context", "model.shape.context")
+        parser.add_lightning_class_args(KurtosisRegularization, "kurtosis")
+        parser.add_lightning_class_args(ClipSchedule, "clips")
+        parser.add_lightning_class_args(OutlierMonitor, "outliers")
+        parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint fixes shape, vocabulary and tokenizer; its quantization holds unless the user names another.
+
+        LightningCLI would let all of the checkpoint's hyper-parameters override the user's, silently
+        (lightning#21116).
+        """
+        subcommand = self.config.get("subcommand")
+        options = self.config[subcommand] if subcommand else Namespace()
+        path = options.get("ckpt_path") or options.get("model.init_from")
+        if subcommand is None or path is None:
+            return
+        is_keyword = subcommand == "fit" and not Path(path).exists() and Path(path).suffix != ".ckpt"
+        if is_keyword:  # "last", "best": the Trainer finds the file
+            return
+        info = read_checkpoint_info(Path(path), Path(options.data.cache_dir))
+        if subcommand == "fit" and options.get("ckpt_path"):
+            return  # a resumed fit is described by its own configuration
+        options.model.shape = Namespace(as_plain(info.shape))
+        options.model.vocab_size = options.data.vocab_size = info.vocab_size
+        options.data.tokenizer = options.data.tokenizer or (info.tokenizer and str(info.tokenizer))
+        if options.model.quant is None and info.quant is not None:
+            options.model.quant = Namespace(as_plain(info.quant))
+        if info.folder is not None:
+            options.model.init_from, options.ckpt_path = path, None
+        rank_zero_info(f"Shape, vocabulary and tokenizer come from {path}")
+
+
+def import_plugins() -> None:
+    """Imports what other packages (and lit_actreg_plugins) have registered, so that options can name it."""
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        entry_point.load()
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line; a user's mistake is one line on stderr and exit status 2."""
+    import_plugins()
+    try:
+        ActRegCLI(
+            LitLanguageModel,
+            TextDataModule,
+            trainer_class=ActRegTrainer,
+            seed_everything_default=1,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "lit-actreg"},
+            args=args,
+        )
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+        if os.environ.get("LIT_ACTREG_TRACEBACK"):
+            raise
+        print(f"lit-actreg: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,204 @@
+"""The LightningModule: what a step computes, what is logged, which parameters the optimizer treats how.
+
+    loss = cross-entropy + Σ over loss terms of coefficient(step) · Σ over blocks and sites of statistic
+
+Callbacks add loss terms in ``setup("fit")``; the model is built after that, in ``configure_model``, so that the blocks
+know which statistics to return before they are compiled.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lit_actreg.artifact import is_artifact, read_artifact
+from lit_actreg.checkpoint import TOKENIZER_KEY
+from lit_actreg.config import ModelConfig, OptimConfig, QuantConfig, as_plain
+from lit_actreg.contracts import LossTerm
+from lit_actreg.data.packed import IGNORE
+from lit_actreg.huggingface import load_huggingface
+from lit_actreg.model import Decoder
+from lit_actreg.parallel import compile_blocks
+
+
+class LitLanguageModel(LightningModule):
+    """A decoder with its training and evaluation steps; batches are int64 [B, T + 1], −100 where padded.
+
+    Args:
+        shape: Shape of the decoder.
+        quant: How linear inputs are quantized; null means the defaults in a fit, and as the checkpoint was trained
+            everywhere else.
+        optim: Optimizer and learning-rate schedule.
+        vocab_size: Rows of the embedding; the command line sets it from the data.
+        init_from: Folder whose weights and shape are used instead of new ones: one that `quantize` wrote, or an
+            unquantized Hugging Face checkpoint of GPT-NeoX or Llama.
+        compile: Compile every block (and the loss) with torch.compile.
+        new_tokens: Tokens that `predict` generates after each prompt.
+        temperature: Sampling temperature of `predict`; 0 takes the likeliest token.
+    """
+
+    model: Decoder
+
+    def __init__(
+        self,
+        shape: ModelConfig,
+        quant: QuantConfig | None = None,
+        optim: OptimConfig | None = None,
+        vocab_size: int = 4096,
+        init_from: Path | None = None,
+        compile: bool = False,
+        new_tokens: int = 64,
+        temperature: float = 0.8,
+    ) -> None:
+        super().__init__()
+        # Plain values, or the checkpoint would not load with weights_only. A resumed fit sets its own shape.
+        shape = ModelConfig(**shape) if isinstance(shape, dict) else shape
+        quant = QuantConfig(**quant) if isinstance(quant, dict) else quant or QuantConfig()
+        self.save_hyperparameters(
+            {"shape": as_plain(shape), "quant": as_plain(quant), "vocab_size": vocab_size}, logger=False
+        )
+        self.shape, self.quant, self.optim, self.vocab_size = shape, quant, optim or OptimConfig(), vocab_size
+        self.init_from, self.compile_model = init_from, compile
+        self.new_tokens, self.temperature = new_tokens, temperature
+        self.loss_terms: dict[str, LossTerm] = {}
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self._clock = (0.0, 0)
+
+    def configure_model(self) -> None:
+        """Builds the decoder once: new, from a folder; then tells it the loss terms, then compiles."""
+        if hasattr(self, "model"):
+            return
+        if self.init_from and is_artifact(self.init_from):
+            self.model = read_artifact(self.init_from)
+        else:
+            self.model = Decoder(self.shape, self.quant, self.vocab_size)
+            if self.init_from:
+                *_, state = load_huggingface(self.init_from)
+                missing = self.model.load_state_dict(state, strict=False).missing_keys
+                assert all("input_quantizer" in name for name in missing), missing
+        self.model.set_loss_terms(tuple(self.loss_terms.values()))
+        if self.compile_model:
+            compile_blocks(self.model)
+
+    # Steps
+
+    def token_losses(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy in nats, mean over the targets that are not padding: scalar, float32."""
+        logits = self.model.logits(hidden_BTD).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        hidden, statistics = self.model(batch[:, :-1])
+        cross_entropy = self.token_losses(hidden, batch[:, 1:])
+        loss, column = cross_entropy, 0
+        for name, term in self.loss_terms.items():
+            values = statistics[:, column : (column := column + len(term.sites))]  # [blocks, sites]
+            penalty = term.coefficient(self.global_step) * values.sum()
+            loss = loss + penalty
+            self.log(f"{name}/penalty", penalty.detach())
+            for site, value in zip(term.sites, values.detach().mean(0), strict=True):
+                self.log(f"{name}/{site}", value)
+        self.log("train/loss", cross_entropy.detach(), prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        """Tokens per second of this process group since the last log."""
+        self._clock = (self._clock[0], self._clock[1] + batch[:, 1:].numel() * self.trainer.world_size)
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+            now = time.perf_counter()
+            if self._clock[0]:
+                self.log("train/tokens_per_second", self._clock[1] / (now - self._clock[0]), prog_bar=True)
+            self._clock = (now, 0)
+
+    def _evaluate(self, batch: Tensor, metric: MeanMetric) -> None:
+        targets = batch[:, 1:]
+        num_targets = (targets != IGNORE).sum()
+        if num_targets:
+            hidden, _ = self.model(batch[:, :-1].clamp(min=0))
+            metric.update(self.token_losses(hidden, targets), num_targets)
+
+    def _log_perplexity(self, metric: MeanMetric, stage: str) -> None:
+        loss = metric.compute()
+        metric.reset()
+        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=False, rank_zero_only=False)
+        self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True, sync_dist=False, rank_zero_only=False)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_perplexity(self.val_loss, "val")
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_loss)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_perplexity(self.test_loss, "test")
+
+    @torch.no_grad()
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Continues prompts [B, T] by ``new_tokens`` tokens, re-reading the context for each: [B, T + new_tokens]."""
+        for _ in range(self.new_tokens):
+            hidden, _ = self.model(batch[:, -self.model.config.context :])
+            logits = self.model.logits(hidden[:, -1]).float()
+            if self.temperature > 0:
+                token = torch.multinomial((logits / self.temperature).softmax(-1), 1)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            batch = torch.cat([batch, token], dim=1)
+        return batch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The tokenizer travels with the weights: token ids mean nothing without it."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            checkpoint[TOKENIZER_KEY] = data.tokenizer_path.read_text()
+
+    # Optimization
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with three groups: matrices (decayed), norms and biases, and clips (the clip schedule's)."""
+        o = self.optim
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        clips = [p for name, p in trained if "input_quantizer" in name]
+        others = [p for name, p in trained if "input_quantizer" not in name]
+        groups = [
+            {"name": "matrices", "params": [p for p in others if p.ndim > 1], "weight_decay": o.weight_decay},
+            {"name": "vectors", "params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        if clips:
+            groups.append({"name": "clips", "params": clips, "weight_decay": 0.0, "lr": 0.0, "betas": (0.0, o.beta2)})
+        optimizer = torch.optim.AdamW(
+            groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=all(p.is_cuda for _, p in trained)
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_factor(self, step: int) -> float:
+        """Learning rate at an optimizer step over its peak: linear warm-up, then a cosine down to min_lr_ratio."""
+        o = self.optim
+        end = o.decay_steps or self.trainer.max_steps
+        if end <= 0:
+            raise ValueError("the cosine schedule has no end: set trainer.max_steps or optim.decay_steps")
+        if step < o.warmup_steps:
+            return (step + 1) / o.warmup_steps
+        progress = min(1.0, (step - o.warmup_steps) / max(1, end - o.warmup_steps))
+        return o.min_lr_ratio + (1 - o.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips by the norm over all weights. The clip values' own gradients, sums over whole batches, stay out.
+
+        Lightning's own method refuses a fused optimizer with bf16-mixed (lightning#21435).
+        """
+        if gradient_clip_val:
+            weights = [p for group in optimizer.param_groups if group["name"] != "clips" for p in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(weights, gradient_clip_val)
+            self.log("train/gradient_norm", norm)

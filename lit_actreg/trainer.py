@@ -1,0 +1,63 @@
+"""The Trainer with our subcommand: the signature of :meth:`ActRegTrainer.quantize` *is* its command line."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lit_actreg.checkpoint import load_lightning_checkpoint
+from lit_actreg.compressed_tensors import WeightFormat
+from lit_actreg.contracts import Quantizer
+from lit_actreg.quantize import quantize_model
+
+
+class ActRegTrainer(Trainer):
+    """Lightning's Trainer, which also quantizes."""
+
+    def quantize(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        output: Path,
+        quantizer: Quantizer,
+        ckpt_path: Path | None = None,
+        calibration_tokens: int = 131072,
+        seed: int = 0,
+        format: WeightFormat = "auto",
+        round_zero_point: bool = False,
+        overwrite: bool = False,
+        dry_run: bool = False,
+    ) -> None:
+        """Quantizes the weights of a trained model into a Hugging Face checkpoint.
+
+        Args:
+            model: The trained model.
+            datamodule: Source of the calibration text.
+            output: Folder of the quantized checkpoint.
+            quantizer: What turns weights into codes: GPTQ, RTN, or a plugin's.
+            ckpt_path: The .ckpt file of a fit, or an unquantized Hugging Face folder.
+            calibration_tokens: Tokens of the training text that calibration sees.
+            seed: Seed of their choice.
+            format: Storage of the weights; "auto" packs where stock readers can load it.
+            round_zero_point: Move zero points of a model trained with real ones to the nearest integers.
+            overwrite: Replace a quantized checkpoint that is already in the output folder.
+            dry_run: Print layers, groups, memory and kernels, refuse what cannot work, and write nothing.
+        """
+        model.configure_model()
+        if ckpt_path is not None:
+            model.load_state_dict(load_lightning_checkpoint(Path(ckpt_path))["state_dict"])
+        datamodule.prepare_data()
+        datamodule.setup("quantize")
+        with torch.no_grad():
+            quantize_model(
+                model.model,  # type: ignore[arg-type]
+                quantizer,
+                datamodule.calibration_batches(calibration_tokens, seed),  # type: ignore[attr-defined]
+                Path(output),
+                datamodule.tokenizer_path,  # type: ignore[attr-defined]
+                device=self.strategy.root_device,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                format=format,
+                round_zero_point=round_zero_point,
+            )
