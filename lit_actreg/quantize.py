@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,17 +52,24 @@ def stored_quant_config(quant: QuantConfig, round_zero_point: bool) -> tuple[Qua
     return replace(quant, activations="none"), [f"WEIGHTS ONLY (16-bit activations): {reason}"]
 
 
-def memory_estimate(model: Decoder, num_tokens: int, needs_hessian: bool) -> dict[str, int]:
-    """Expected memory in bytes, term by term; the device's terms are those of one block."""
-    columns = [getattr(model.blocks[0], site).in_features for site in SITES]
-    largest = max(columns)
+def memory_estimate(model: Decoder, calibration: Sequence[Tensor]) -> dict[str, int]:
+    """Expected memory in bytes, term by term. The device's terms are one block's; without calibration few remain."""
+    shapes = [getattr(model.blocks[0], site).weight.shape for site in SITES]
+    num_weights, largest = sum(n * k for n, k in shapes), max(k for _, k in shapes)
+    num_tokens = sum(ids.numel() for ids in calibration)
+    batch_tokens = max((ids.numel() for ids in calibration), default=0)
     return {
         "host_model": 4 * model.num_parameters(),
-        "host_hidden_states": 4 * num_tokens * model.config.width if needs_hessian else 0,
-        "device_block": 4 * sum(p.numel() for p in model.blocks[0].parameters()),
-        "device_hessians": 4 * sum(k * k for k in columns) if needs_hessian else 0,
-        # float64: H, its damped copy, the Cholesky factor and its inverse
-        "device_factor_workspace": 4 * 8 * largest * largest if needs_hessian else 0,
+        "host_codes": len(model.blocks) * num_weights,
+        "host_hidden_states": 4 * num_tokens * model.config.width,
+        "device_block": 4 * num_weights,
+        # Σ (N + 2K): every linear's output, its input and that on the grid
+        "device_activations": 4 * batch_tokens * sum(n + 2 * k for n, k in shapes),
+        "device_hessians": 4 * sum(k * k for _, k in shapes) if calibration else 0,
+        # float64: H, its Cholesky factor, the identity, the inverse, and one copy within the solver
+        "device_factor_workspace": 5 * 8 * largest * largest if calibration else 0,
+        # the largest weight beside its copy that is updated, its dequantized form and codes
+        "device_weight_workspace": 13 * max(n * k for n, k in shapes),
     }
 
 
@@ -196,7 +203,7 @@ def quantize_model(
         "activations": quant.activations,
         "activation_bits": quant.activation_bits if quant.activations != "none" else None,
         "calibration_tokens": num_tokens,
-        "memory_bytes": memory_estimate(model, num_tokens, quantizer.needs_hessian),
+        "memory_bytes": memory_estimate(model, batches),
         "messages": messages,
         "layers": layers,
     }

@@ -41,16 +41,19 @@ def inverse_factor(hessian: Tensor) -> Tensor | None:
         return None
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    del lower, identity
     return inverse.flip(0, 1) if inverse.isfinite().all() else None
 
 
 def damped_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """U of H + λI with λ = damping · mean(diag H), and the damping that it took: raised tenfold up to 1 on failure."""
-    mean_diagonal = hessian.diagonal().mean()
+    """U of H + λI with λ = damping · mean(diag H), and the damping that it took: raised tenfold up to 1 on failure.
+
+    The Hessian is damped in place: a copy of the largest one is gigabytes.
+    """
+    diagonal = hessian.diagonal().clone()
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean_diagonal)
-        factor = inverse_factor(damped)
+        hessian.diagonal().copy_(diagonal + damping * diagonal.mean())
+        factor = inverse_factor(hessian)
         if factor is not None or damping >= 1.0:
             return factor, damping
         damping = min(10 * damping, 1.0) if damping > 0 else 1e-4
@@ -105,7 +108,9 @@ class GPTQ(Quantizer):
         order = torch.arange(len(h_KK), device=h_KK.device)
         if self.activation_order:
             order = h_KK.diagonal().argsort(descending=True, stable=True)
-        factor, damping = damped_factor(h_KK[order][:, order], self.damping)
+        h_KK = h_KK[order[:, None], order]
+        factor, damping = damped_factor(h_KK, self.damping)
+        del h_KK
         if factor is None:
             result = round_to_nearest(weight, self.bits, self.group_size, self.symmetric, self.scale_search)
             result.notes = {"damping": damping, "fallback": "RTN: the Hessian is not positive definite"}
