@@ -7,8 +7,8 @@ Method: every candidate of a row is captured in a CUDA graph of one call for eac
 inputs, together larger than the 50 MB of L2, so that weights come from memory as they do in a model. Graphs are
 replayed in turn, round by round, so that clocks and heat are shared; a figure is the median over rounds of a replay's
 time per call, the spread is from the 10th to the 90th percentile, and the speed-up is a ratio of medians of one run. A
-row is printed only if its output passed the check against :mod:`lit_actreg_kernels.reference`; a failure ends the run with
-status 1.
+row is printed only if its output passed the check against :mod:`lit_actreg_kernels.reference`; a failure ends the run
+with status 1.
 
 Shapes are (M tokens, N outputs, K inputs).
 """
