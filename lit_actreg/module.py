@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_actreg.artifact import is_artifact, read_artifact
@@ -25,6 +25,12 @@ from lit_actreg.data.packed import IGNORE
 from lit_actreg.huggingface import load_huggingface
 from lit_actreg.model import Decoder
 from lit_actreg.parallel import compile_blocks
+
+
+def next_token_loss(head: nn.Linear, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    """Cross-entropy in nats, mean over the targets that are not padding: scalar, float32."""
+    logits = head(hidden_BTD).float()
+    return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE)
 
 
 class LitLanguageModel(LightningModule):
@@ -68,6 +74,7 @@ class LitLanguageModel(LightningModule):
         self.new_tokens, self.temperature = new_tokens, temperature
         self.loss_terms: dict[str, LossTerm] = {}
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.cross_entropy = next_token_loss
         self._clock = (0.0, 0)
 
     def configure_model(self) -> None:
@@ -75,7 +82,8 @@ class LitLanguageModel(LightningModule):
         if hasattr(self, "model"):
             return
         if self.init_from and is_artifact(self.init_from):
-            self.model = read_artifact(self.init_from)
+            with torch.device("cpu"):  # the strategy may have set another; it moves the finished model itself
+                self.model = read_artifact(self.init_from)
         else:
             self.model = Decoder(self.shape, self.quant, self.vocab_size)
             if self.init_from:
@@ -85,17 +93,13 @@ class LitLanguageModel(LightningModule):
         self.model.set_loss_terms(tuple(self.loss_terms.values()))
         if self.compile_model:
             compile_blocks(self.model)
+            self.cross_entropy = torch.compile(next_token_loss)  # type: ignore[assignment]
 
     # Steps
 
-    def token_losses(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross-entropy in nats, mean over the targets that are not padding: scalar, float32."""
-        logits = self.model.logits(hidden_BTD).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE)
-
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         hidden, statistics = self.model(batch[:, :-1])
-        cross_entropy = self.token_losses(hidden, batch[:, 1:])
+        cross_entropy = self.cross_entropy(self.model.head, hidden, batch[:, 1:])
         loss, column = cross_entropy, 0
         for name, term in self.loss_terms.items():
             values = statistics[:, column : (column := column + len(term.sites))]  # [blocks, sites]
@@ -121,7 +125,7 @@ class LitLanguageModel(LightningModule):
         num_targets = (targets != IGNORE).sum()
         if num_targets:
             hidden, _ = self.model(batch[:, :-1].clamp(min=0))
-            metric.update(self.token_losses(hidden, targets), num_targets)
+            metric.update(self.cross_entropy(self.model.head, hidden, targets), num_targets)
 
     def _log_perplexity(self, metric: MeanMetric, stage: str) -> None:
         loss = metric.compute()

@@ -40,7 +40,7 @@ class ClipSchedule(Callback):
 
     def __init__(
         self,
-        lr: float = 2e-3,
+        lr: float = 1e-3,
         unit: Literal["relative", "absolute"] = "relative",
         momentum: float = 0.0,
         freeze_step: int | None = None,

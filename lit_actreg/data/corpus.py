@@ -33,6 +33,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 READERS = {"txt": "text", "jsonl": "json", "json": "json", "parquet": "parquet"}
 COMPRESSIONS = ("gz", "xz", "bz2", "zst")
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"valid": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
+CORES_OF_ONE_PROCESS = 8  # up to so many cores one process with the threads of `tokenizers` keeps them all busy
 BYTES_PER_PROCESS = 4_000_000  # a worker process costs about 0.2 s: below this much text each it does not pay
 
 
@@ -160,10 +161,16 @@ def held_out(texts: list[str | None], valid_share: float) -> np.ndarray:
 
 
 def processes_for(documents: datasets.Dataset, num_proc: int | None) -> int | None:
-    """How many worker processes a `map` over these documents is worth; None means this process alone."""
-    cores = num_proc or len(os.sched_getaffinity(0))
-    num_bytes = documents.data.nbytes * len(documents) // max(1, documents.data.num_rows)
-    count = min(cores, num_bytes // BYTES_PER_PROCESS, len(documents))
+    """How many worker processes a `map` over these documents is worth; None means this process alone.
+
+    Alone is best on few cores: the threads of `tokenizers` share the work evenly, processes get fixed shares. On many
+    cores what Python does between batches would leave the threads waiting.
+    """
+    if num_proc is None:
+        cores = len(os.sched_getaffinity(0))
+        num_bytes = documents.data.nbytes * len(documents) // max(1, documents.data.num_rows)
+        num_proc = min(cores, num_bytes // BYTES_PER_PROCESS) if cores > CORES_OF_ONE_PROCESS else 1
+    count = min(num_proc, len(documents))
     return count if count > 1 else None
 
 

@@ -48,7 +48,7 @@ class TextDataModule(LightningDataModule):
         context: Tokens of a training sequence.
         batch_size: Sequences per batch and device.
         num_workers: Processes that load batches, per device; 0 loads them in the training process.
-        num_proc: Processes that tokenize; null means every core.
+        num_proc: Processes that tokenize; null means one, whose threads use every core, or on more than 8 cores one each.
         cache_dir: Folder of trained tokenizers and packed blocks.
         seed: Seed of the order of training sequences and of a mixture's draws.
     """
