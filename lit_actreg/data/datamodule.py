@@ -24,10 +24,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_actreg.data.corpus import SPLITS, Split, load_corpus, parse_source
+from lit_actreg.data.corpus import SPLITS, Split, load_corpus, load_source, parse_source
 from lit_actreg.data.packed import Encoder, PackedBlocks, build_once, cache_folder, pack, token_dtype
 from lit_actreg.data.resume import ResumableLoader, num_trained_batches, rewind
 from lit_actreg.data.sampler import EvalSampler, TrainSampler
+from lit_actreg.data.stream import StreamedBlocks, StreamLoader, training_stream
 from lit_actreg.data.tokenizer import end_of_text, load_tokenizer, train_tokenizer
 
 
@@ -43,12 +44,15 @@ class TextDataModule(LightningDataModule):
         valid_share: Share of the documents held out for validation, and again for test.
         text_field: Column of .jsonl, .parquet and hub data that holds the text.
         max_documents: Use only the first documents of each source; null means all.
+        stream: Read the training documents while training, store nothing, and never end (set trainer.max_steps and a
+            trainer.val_check_interval in batches). The first max_documents (null: 10000) of each source are read
+            ahead for the tokenizer, validation and calibration.
         tokenizer: Path of a tokenizer.json; null trains a byte-level BPE on the training documents.
         vocab_size: Rows of the embedding: entries of the trained tokenizer, upper limit for a given one.
         context: Tokens of a training sequence.
         batch_size: Sequences per batch and device.
         num_workers: Processes that load batches, per device; 0 loads them in the training process.
-        num_proc: Processes that tokenize; null means one, whose threads use every core, or on more than 8 cores one each.
+        num_proc: Processes that tokenize; null means one (its threads use every core), on more than 8 cores one a core.
         cache_dir: Folder of trained tokenizers and packed blocks.
         seed: Seed of the order of training sequences and of a mixture's draws.
     """
@@ -61,6 +65,7 @@ class TextDataModule(LightningDataModule):
         valid_share: float = 0.02,
         text_field: str = "text",
         max_documents: int | None = None,
+        stream: bool = False,
         tokenizer: str | None = None,
         vocab_size: int = 4096,
         context: int = 256,
@@ -82,7 +87,8 @@ class TextDataModule(LightningDataModule):
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} {value} is too small: use 1 or more")
         self.names, self.weights, self.valid_name, self.valid_share = names, weights, valid_source, valid_share
-        self.text_field, self.max_documents = text_field, max_documents
+        self.text_field, self.stream = text_field, stream
+        self.max_documents = max_documents or (10_000 if stream else None)
         self.given_tokenizer = Path(tokenizer).expanduser() if tokenizer else None
         self.vocab_size, self.context, self.batch_size, self.seed = vocab_size, context, batch_size, seed
         self.num_workers, self.num_proc = num_workers, num_proc
@@ -108,32 +114,30 @@ class TextDataModule(LightningDataModule):
             "valid_share": self.valid_share,
             "text_field": self.text_field,
             "max_documents": self.max_documents,
+            "stream": self.stream,
         }
-
-    @functools.cached_property
-    def tokenizer_identity(self) -> dict[str, Any]:
-        if self.given_tokenizer:
-            load_tokenizer(self.given_tokenizer, self.vocab_size)
-            return {"sha256": hashlib.sha256(self.given_tokenizer.read_bytes()).hexdigest()}
-        return {"corpus": self.corpus_identity, "vocab_size": self.vocab_size}
 
     @functools.cached_property
     def tokenizer_path(self) -> Path:
         """The tokenizer.json in use (of a trained one: where it will be once the data are prepared)."""
-        folder = cache_folder(self.cache_dir, "tokenizer", self.tokenizer_identity)
-        return self.given_tokenizer or folder / "tokenizer.json"
+        trained_on = {"corpus": self.corpus_identity, "vocab_size": self.vocab_size}
+        return self.given_tokenizer or cache_folder(self.cache_dir, "tokenizer", trained_on) / "tokenizer.json"
 
     @functools.cached_property
     def packed_folder(self) -> Path:
-        """Folder of the packed splits, one .arrow each, and of the training token counts."""
-        inputs = [self.corpus_identity, self.tokenizer_identity, self.vocab_size, self.context]
-        return cache_folder(self.cache_dir, "packed", inputs)
+        """Folder of the packed splits, one .arrow each, and of the training token counts.
+
+        Named by the tokenizer's content: a checkpoint's copy of a trained one finds the blocks that it was made for.
+        """
+        load_tokenizer(self.tokenizer_path, self.vocab_size)
+        tokenizer = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        return cache_folder(self.cache_dir, "packed", [self.corpus_identity, tokenizer, self.vocab_size, self.context])
 
     # Making and opening
 
     def prepare_data(self) -> None:
         """Trains the tokenizer and packs the blocks, unless the cache has them. Lightning calls it on one process."""
-        if self.packed_folder.is_dir() and self.tokenizer_path.is_file():
+        if (self.given_tokenizer or self.tokenizer_path.is_file()) and self.packed_folder.is_dir():
             return
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".corpus-", dir=self.cache_dir) as scratch:
@@ -156,12 +160,12 @@ class TextDataModule(LightningDataModule):
             self.seed,
             self.num_proc,
             scratch,
+            self.stream,
         )
 
     def _pack(self, corpus: dict[Split, Any], folder: Path) -> None:
         """Packs every split into ``folder``; a training or validation split without one block is an error."""
-        tokenizer = load_tokenizer(self.tokenizer_path, self.vocab_size)
-        encoder = Encoder(tokenizer, end_of_text(tokenizer, self.tokenizer_path), token_dtype(self.vocab_size))
+        encoder = self._encoder()
         for split in SPLITS:
             path = folder / f"{split}.arrow"
             counts = pack(corpus[split], encoder, self.context, self.vocab_size, self.num_proc, path)
@@ -178,6 +182,10 @@ class TextDataModule(LightningDataModule):
                     f"of {self.context + 1} tokens: set data.valid_source, or raise data.valid_share {self.valid_share}"
                 )
 
+    def _encoder(self) -> Encoder:
+        tokenizer = load_tokenizer(self.tokenizer_path, self.vocab_size)
+        return Encoder(tokenizer, end_of_text(tokenizer, self.tokenizer_path), token_dtype(self.vocab_size))
+
     def setup(self, stage: str | None = None) -> None:
         """Opens the packed splits (memory-mapped: nothing is read)."""
         self.blocks = {split: PackedBlocks(self.packed_folder / f"{split}.arrow") for split in SPLITS}
@@ -193,21 +201,42 @@ class TextDataModule(LightningDataModule):
         return self.trainer.global_rank if self.trainer else 0
 
     def train_dataloader(self) -> DataLoader[Tensor]:
+        if self.trainer:
+            rewind(self.trainer)
         blocks = self.blocks["train"]
         per_batch = self.batch_size * self.num_ranks
+        fingerprint = hashlib.sha256(self.train_token_counts.tobytes()).hexdigest()[:16]
+        order: dict[str, int | str] = {
+            "seed": self.seed,
+            "sequences a batch": per_batch,
+            "sequences": len(blocks),
+            "token counts": fingerprint,
+        }
+        if self.stream:
+            return self._streaming_dataloader(order)
         if len(blocks) < per_batch:
             raise ValueError(
                 f"data.source {self.names} gives {len(blocks)} training sequences, fewer than one batch of {per_batch} "
                 f"(data.batch_size {self.batch_size} × {self.num_ranks} devices): give more text or a smaller batch"
             )
-        if self.trainer:
-            rewind(self.trainer)
         sampler = TrainSampler(
             blocks, self.batch_size, self.num_ranks, self.rank, self.seed, lambda: num_trained_batches(self.trainer)
         )
-        fingerprint = hashlib.sha256(self.train_token_counts.tobytes()).hexdigest()[:16]
-        order: dict[str, int | str] = {"seed": self.seed, "sequences a batch": per_batch, "sequences": len(blocks)}
-        return ResumableLoader(order | {"token counts": fingerprint}, **self._loader_options(blocks, sampler))
+        return ResumableLoader(order, **self._loader_options(blocks, sampler))
+
+    def _streaming_dataloader(self, order: dict[str, int | str]) -> DataLoader[Tensor]:
+        parts = [load_source(source, self.text_field, self.cache_dir, streaming=True) for source in self.sources]
+        share = None if self.valid_source else self.valid_share
+        documents = training_stream(parts, self.weights, share, self.seed, self.rank, self.num_ranks)
+        return StreamLoader(
+            order | {"sequences": "a stream", "ranks": self.num_ranks},
+            StreamedBlocks(documents, self._encoder(), self.context),
+            self.batch_size,
+            lambda: num_trained_batches(self.trainer),
+            num_workers=min(1, self.num_workers),
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),
+        )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         return self._eval_dataloader("valid")
@@ -242,7 +271,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def num_train_tokens(self) -> int:
-        """Tokens in the training blocks."""
+        """Tokens in the training blocks (of a stream: in those read ahead)."""
         return len(self.blocks["train"]) * (self.context + 1)
 
     @functools.cached_property
