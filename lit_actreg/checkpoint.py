@@ -16,6 +16,7 @@ from lit_actreg.artifact import is_artifact
 from lit_actreg.compressed_tensors import read_quantization_config
 from lit_actreg.config import ModelConfig, QuantConfig
 from lit_actreg.huggingface import model_config, read_config
+from lit_actreg.model import Decoder
 
 TOKENIZER_KEY = "tokenizer_json"
 
@@ -48,6 +49,17 @@ def load_lightning_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, KeyError, EOFError):
         pass
     raise ValueError(f"{path} is not a checkpoint of lit-actreg: name a .ckpt file that `lit-actreg fit` wrote")
+
+
+def load_decoder(path: Path) -> Decoder:
+    """The decoder of a .ckpt file, in float32 on the CPU."""
+    checkpoint = load_lightning_checkpoint(path)
+    saved = checkpoint["hyper_parameters"]
+    model = Decoder(ModelConfig(**saved["shape"]), QuantConfig(**saved["quant"]), saved["vocab_size"])
+    prefix = "model."
+    state = {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    model.load_state_dict(state)
+    return model.requires_grad_(False)
 
 
 def read_checkpoint_info(path: Path, cache_dir: Path) -> CheckpointInfo:

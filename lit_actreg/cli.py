@@ -1,4 +1,4 @@
-"""The command line: where parts meet. `lit-actreg fit | validate | test | predict | quantize`.
+"""The command line: where parts meet. `lit-actreg fit | validate | test | predict | quantize | table`.
 
 LightningCLI turns the signatures and docstrings of the module, the DataModule, the Trainer and the callbacks
 into options. Plugins are found by entry point (group ``lit_actreg.plugins``) and imported before parsing, so that
@@ -28,12 +28,15 @@ from lit_actreg.trainer import ActRegTrainer
 
 
 class ActRegCLI(LightningCLI):
-    """LightningCLI with our links, callbacks and subcommand."""
+    """LightningCLI with our links, callbacks and subcommands."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands and ours."""
-        return LightningCLI.subcommands() | {"quantize": {"model", "datamodule"}}
+        return LightningCLI.subcommands() | {
+            "quantize": {"model", "datamodule"},
+            "table": {"model", "datamodule"},
+        }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(OptimConfig, "optim")
@@ -53,7 +56,8 @@ class ActRegCLI(LightningCLI):
         """
         subcommand = self.config.get("subcommand")
         options = self.config[subcommand] if subcommand else Namespace()
-        path = options.get("ckpt_path") or options.get("model.init_from")
+        several = options.get("checkpoints") or {}
+        path = options.get("ckpt_path") or options.get("model.init_from") or next(iter(several.values()), None)
         if subcommand is None or path is None:
             return
         is_keyword = subcommand == "fit" and not Path(path).exists() and Path(path).suffix != ".ckpt"

@@ -112,6 +112,13 @@ class Decoder(nn.Module):
         for block in self.blocks:
             block.loss_terms = terms
 
+    def set_activations(self, quant: QuantConfig) -> None:
+        """Changes how the linears' inputs are quantized; clips and weights stay."""
+        self.quant = quant
+        for block in self.blocks:
+            for site in SITES:
+                getattr(block, site).input_quantizer.configure(quant)
+
     def embed(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the blocks take: x [B, T, D] and the rotary cos and sin [T, E]."""
         cos, sin = rotary_angles(ids.shape[1], self.config.head_width, self.config.rope_theta, ids.device)

@@ -1,4 +1,4 @@
-"""The Trainer with our subcommand: the signature of :meth:`ActRegTrainer.quantize` *is* its command line."""
+"""The Trainer with our subcommands: the signatures of ``quantize`` and ``table`` *are* their command lines."""
 
 from pathlib import Path
 
@@ -8,11 +8,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lit_actreg.checkpoint import load_lightning_checkpoint
 from lit_actreg.compressed_tensors import WeightFormat
 from lit_actreg.contracts import Quantizer
+from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.quantize import quantize_model
+from lit_actreg.table import fill_table, write_table
 
 
 class ActRegTrainer(Trainer):
-    """Lightning's Trainer, which also quantizes."""
+    """Lightning's Trainer, which also quantizes and compares."""
 
     def quantize(
         self,
@@ -61,3 +63,32 @@ class ActRegTrainer(Trainer):
                 format=format,
                 round_zero_point=round_zero_point,
             )
+
+    def table(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        checkpoints: dict[str, Path],
+        quantizers: list[Quantizer],
+        output: Path = Path("runs/table"),
+        calibration_tokens: int = 131072,
+    ) -> None:
+        """Prints perplexities of checkpoints by weight bits, quantizer and activations (the paper's Table 1).
+
+        Args:
+            model: Not used: every checkpoint brings its own.
+            datamodule: The text: training split for calibration, validation split for perplexity.
+            checkpoints: .ckpt files by the name of their row.
+            quantizers: What turns weights into codes; one pair of columns each.
+            output: Folder of the artifacts, of table.csv and table.png; what it already holds is not computed again.
+            calibration_tokens: Tokens of the training text that calibration sees.
+        """
+        assert isinstance(datamodule, TextDataModule)
+        datamodule.prepare_data()
+        datamodule.setup("table")
+        paths = {name: Path(path) for name, path in checkpoints.items()}
+        device, convert = self.strategy.root_device, self.precision_plugin.convert_module
+        results = fill_table(paths, quantizers, datamodule, output, calibration_tokens, device, convert)
+        print(write_table(results, output))
+        print(f"unigram perplexity of the same text: {datamodule.unigram_perplexity():.1f}")
+        print(f"artifacts, table.csv and table.png: {output}")

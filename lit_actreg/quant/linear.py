@@ -32,16 +32,20 @@ class InputQuantizer(nn.Module):
         super().__init__()
         self.site = site
         self.lower_bound = lower_bound
-        self.outside = config.outside_gradient
-        self.integer_zero_point = config.zero_point == "integer"
-        self.bits = config.activation_bits
-        self.mode = config.activations if site in config.sites else "none"
         self.enabled = True
+        self.configure(config)
         learned = self.mode in ("static", "clamp")
         # On a known bound c⁻ stays: learned, it rose above GELU's minimum and masked the whole negative lobe.
         on_bound = lower_bound is not None
         self.low = nn.Parameter(torch.full((1,), lower_bound if on_bound else -4.0), learned and not on_bound)
         self.high = nn.Parameter(torch.full((1,), 4.0), learned)
+
+    def configure(self, config: QuantConfig) -> None:
+        """Takes grid, gradient treatment and mode from ``config``."""
+        self.outside = config.outside_gradient
+        self.integer_zero_point = config.zero_point == "integer"
+        self.bits = config.activation_bits
+        self.mode = config.activations if self.site in config.sites else "none"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "none":

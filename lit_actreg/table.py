@@ -1,0 +1,147 @@
+"""The paper's Table 1 for a set of checkpoints: perplexity by weight bits, quantizer and activations.
+
+For every checkpoint: its float weights, then one artifact a quantizer, each with native (16-bit) and with 4-bit
+activations. A model trained with clips uses its own; one without gets dynamic per-token grids, as the paper's RTN.
+4-bit rows run as integers, through the Trainer's precision plugin where it is
+:class:`~lit_actreg_plugins.w4a4_precision.W4A4Precision`.
+
+Artifacts and results lie in the output folder. A number that is already there, for the same checkpoint file, is not
+computed again; so an interrupted table continues, and one more checkpoint costs its own rows only.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_actreg.artifact import is_artifact, read_artifact
+from lit_actreg.checkpoint import load_decoder
+from lit_actreg.config import QuantConfig
+from lit_actreg.contracts import Quantizer
+from lit_actreg.data.datamodule import TextDataModule
+from lit_actreg.data.packed import IGNORE
+from lit_actreg.model import Decoder
+from lit_actreg.quant.quantized_linear import QuantizedLinear
+from lit_actreg.quantize import quantize_model
+
+Results = dict[str, dict[str, float]]  # checkpoint's name → column → perplexity
+
+
+@torch.no_grad()
+def perplexity(model: Decoder, batches: Iterable[Tensor], device: torch.device) -> float:
+    """exp of the mean cross-entropy over all targets of batches [B, T + 1] that are not padding."""
+    model = model.to(device).eval()
+    loss, num_targets = 0.0, 0
+    for batch in batches:
+        targets = batch[:, 1:].to(device)
+        hidden, _ = model(batch[:, :-1].to(device).clamp(min=0))
+        logits = model.logits(hidden).float().flatten(0, 1)
+        loss += F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum").item()
+        num_targets += int((targets != IGNORE).sum())
+    return math.exp(loss / num_targets)
+
+
+def with_activations(quant: QuantConfig, bits: int) -> QuantConfig:
+    """The same model's quantization with native activations (16), or with 4-bit ones: its clips, or per token."""
+    if bits == 16:
+        return replace(quant, activations="none")
+    return quant if quant.activations == "static" else replace(quant, activations="token")
+
+
+def column(weights: str, activation_bits: int) -> str:
+    """Name of a column: "W4A4 GPTQ"."""
+    bits, _, method = weights.partition(" ")
+    return f"{bits}A{activation_bits} {method}".strip()
+
+
+def fill_table(
+    checkpoints: dict[str, Path],
+    quantizers: list[Quantizer],
+    data: TextDataModule,
+    output: Path,
+    calibration_tokens: int,
+    device: torch.device,
+    convert: Callable[[Decoder], Any],
+) -> Results:
+    """Computes what is missing from ``output/results.json`` and returns all of it.
+
+    Args:
+        checkpoints: .ckpt files by the name of their row; their tokenizer is the data's.
+        quantizers: One pair of columns each.
+        data: A prepared DataModule; its validation split is the text.
+        output: Folder of artifacts, results, table and picture.
+        calibration_tokens: Tokens of the training text that calibration sees.
+        device: Where to compute.
+        convert: Swaps the linears of an artifact's decoder for integer kernels, in place.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    stored = output / "results.json"
+    known: dict[str, dict[str, Any]] = json.loads(stored.read_text()) if stored.exists() else {}
+    weights = ["W16", *(f"W{q.bits} {type(q).__name__}" for q in quantizers)]
+    progress = tqdm(total=len(checkpoints) * len(weights) * 2, desc="table", unit="perplexity")
+    for name, path in checkpoints.items():
+        status = path.stat()
+        file = [str(path.resolve()), status.st_mtime, status.st_size]
+        if known.get(name, {}).get("file") != file:
+            known[name] = {"file": file, "perplexity": {}}
+        row = known[name]["perplexity"]
+        for label, quantizer in zip(weights, [None, *quantizers], strict=True):
+            folder = output / f"{name}-{label.replace(' ', '-')}".lower()
+            for bits in (16, 4):
+                progress.update()
+                if column(label, bits) in row:
+                    continue
+                model = load_decoder(path)
+                model.set_activations(with_activations(model.quant, bits))
+                if quantizer is not None:
+                    if not is_artifact(folder) or not row.get(f"artifact {label}"):
+                        model.set_activations(with_activations(model.quant, 4))
+                        batches = data.calibration_batches(calibration_tokens, seed=0)
+                        quantize_model(
+                            model, quantizer, batches, folder, data.tokenizer_path, device=device, overwrite=True
+                        )
+                        row[f"artifact {label}"] = 1.0
+                    model = read_artifact(folder)
+                    if bits == 4:
+                        convert(model)
+                    else:
+                        for layer in model.modules():
+                            if isinstance(layer, QuantizedLinear):
+                                layer.activations = "none"
+                row[column(label, bits)] = perplexity(model, data.val_dataloader(), device)
+                stored.write_text(json.dumps(known, indent=2) + "\n")
+    progress.close()
+    columns = [column(label, bits) for label in weights for bits in (16, 4)]
+    return {name: {c: known[name]["perplexity"][c] for c in columns} for name in checkpoints}
+
+
+def write_table(results: Results, output: Path) -> str:
+    """Writes table.csv and table.png beside the results; returns the table as text."""
+    columns = list(next(iter(results.values())))
+    with (output / "table.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", *columns])
+        writer.writerows([name, *(f"{row[c]:.4f}" for c in columns)] for name, row in results.items())
+    figure = Figure(figsize=(1.2 * len(columns), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(results)
+    for i, (name, row) in enumerate(results.items()):
+        axes.bar([x + i * width for x in range(len(columns))], [row[c] for c in columns], width, label=name)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(columns))], [c.replace(" ", "\n") for c in columns])
+    axes.set(ylabel="perplexity", yscale="log")
+    axes.legend()
+    figure.savefig(output / "table.png", dpi=120)
+    names = max(len(name) for name in ["model", *results])
+    lines = ["  ".join([f"{'model':{names}}", *(f"{c:>10}" for c in columns)])]
+    for name, row in results.items():
+        lines.append("  ".join([f"{name:{names}}", *(f"{row[c]:>10.2f}" for c in columns)]))
+    return "\n".join(lines)
