@@ -110,6 +110,7 @@ class Decoder(nn.Module):
     def set_loss_terms(self, terms: tuple[LossTerm, ...]) -> None:
         """Chooses the statistics that every block returns; to be called before compilation."""
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.loss_terms = terms
 
     def set_activations(self, quant: QuantConfig) -> None:

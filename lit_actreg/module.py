@@ -114,7 +114,7 @@ class LitLanguageModel(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Tokens per second of this process group since the last log."""
         self._clock = (self._clock[0], self._clock[1] + batch[:, 1:].numel() * self.trainer.world_size)
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             now = time.perf_counter()
             if self._clock[0]:
                 self.log("train/tokens_per_second", self._clock[1] / (now - self._clock[0]), prog_bar=True)
@@ -166,7 +166,7 @@ class LitLanguageModel(LightningModule):
 
     # Optimization
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with three groups: matrices (decayed), norms and biases, and clips (the clip schedule's)."""
         o = self.optim
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -88,8 +88,8 @@ def test_compiled_gradients_equal_eager_ones(dtype, integer):
         function(x.view(64, 64), low, high, weight, g.view(64, 64)).backward()
         grads.append([x.grad, low.grad, high.grad, weight.grad])
     # The two differ in the last bit before the grid (compiled, nothing is rounded to bfloat16 on the way), so a value
-    # on a rounding boundary may take the other code: about 1 in 100 does in bfloat16, which moves its δ by 1/15, some 5-10 % of a clip's
-    # gradient. What the trap does is 100 %.
+    # on a rounding boundary may take the other code: about 1 in 100 does in bfloat16, which moves its δ by 1/15, some
+    # 5-10 % of a clip's gradient. What the trap does is 100 %.
     tolerance = {torch.float32: 1e-3, torch.bfloat16: 0.2}[dtype]
     for name, eager, compiled in zip(("x", "low", "high", "weight"), *grads, strict=True):
         assert eager.norm() > 0, name

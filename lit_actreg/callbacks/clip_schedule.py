@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_actreg.config import SITES
+from lit_actreg.module import LitLanguageModel
 from lit_actreg.quant.clips import ClipMethod, initial_clips
 from lit_actreg.quant.linear import InputQuantizer, QuantLinear
 from lit_actreg.quant.observe import observe_inputs
@@ -59,9 +60,9 @@ class ClipSchedule(Callback):
         self._before_step: list[tuple[Tensor, Tensor]] = []
         self._calibrated_step = -1
 
-    def _quantizers(self, module: LightningModule) -> list[tuple[str, InputQuantizer]]:
+    def _quantizers(self, module: LitLanguageModel) -> list[tuple[str, InputQuantizer]]:
         named = []
-        for layer, block in enumerate(module.model.blocks):  # type: ignore[union-attr,arg-type]
+        for layer, block in enumerate(module.model.blocks):
             for site in SITES:
                 linear = getattr(block, site)
                 if isinstance(linear, QuantLinear) and linear.input_quantizer.mode in ("static", "clamp"):
@@ -74,9 +75,10 @@ class ClipSchedule(Callback):
         return started[max(started)] if started else default
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+        assert isinstance(pl_module, LitLanguageModel)
         step = trainer.global_step
         for _, quantizer in self._quantizers(pl_module):
-            bits = self.bits_at(step, pl_module.quant.activation_bits)  # type: ignore[union-attr]
+            bits = self.bits_at(step, pl_module.quant.activation_bits)
             quantizer.enabled = bits != 16
             quantizer.bits = bits if bits != 16 else quantizer.bits
         if step in self.calibrate_steps and step != self._calibrated_step:
@@ -84,7 +86,7 @@ class ClipSchedule(Callback):
             self._calibrated_step = step
 
     @torch.no_grad()
-    def calibrate(self, trainer: Trainer, module: LightningModule, ids: Tensor) -> None:
+    def calibrate(self, trainer: Trainer, module: LitLanguageModel, ids: Tensor) -> None:
         """Sets every clip from the inputs that ids [B, T] give its site; the mean over ranks."""
         found: list[tuple[InputQuantizer, Tensor]] = []
 
@@ -104,7 +106,7 @@ class ClipSchedule(Callback):
                 found.append((quantizer, torch.cat(clips)))
 
         with trainer.precision_plugin.forward_context():
-            observe_inputs(module.model, ids, observer)  # type: ignore[arg-type]
+            observe_inputs(module.model, ids, observer)
         if found:
             values = trainer.strategy.reduce(torch.stack([clips for _, clips in found]), reduce_op="mean")
             for (quantizer, _), (low, high) in zip(found, values, strict=True):
@@ -112,26 +114,28 @@ class ClipSchedule(Callback):
                 quantizer.high.fill_(high)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        assert isinstance(pl_module, LitLanguageModel)
         frozen = self.freeze_step is not None and trainer.global_step >= self.freeze_step
         for group in optimizer.param_groups:
             if group["name"] == "clips":
-                group["lr"] = 0.0 if frozen else self.lr * pl_module.lr_factor(trainer.global_step)  # type: ignore[operator]
+                group["lr"] = 0.0 if frozen else self.lr * pl_module.lr_factor(trainer.global_step)
                 group["betas"] = (self.momentum, group["betas"][1])
                 if self.unit == "relative":
                     self._before_step = [(p, p.detach().clone()) for p in group["params"]]
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, LitLanguageModel)
         if self._before_step:
             self._scale_step(pl_module)
             self._before_step = []
         if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.logger is not None:  # type: ignore[attr-defined]
-            values = {"clips/bits": self.bits_at(trainer.global_step, pl_module.quant.activation_bits)}  # type: ignore[union-attr]
+            pl_module.log("clips/bits", float(self.bits_at(trainer.global_step, pl_module.quant.activation_bits)))
             for name, quantizer in self._quantizers(pl_module):
-                values |= {f"clips_low_{name}": quantizer.low, f"clips_high_{name}": quantizer.high}
-            pl_module.log_dict({name: float(value) for name, value in values.items()})
+                pl_module.log(f"clips_low_{name}", quantizer.low.detach())
+                pl_module.log(f"clips_high_{name}", quantizer.high.detach())
 
-    def _scale_step(self, module: LightningModule) -> None:
+    def _scale_step(self, module: LitLanguageModel) -> None:
         """Turns the step just made, in absolute units, into one in units of half the clip interval."""
         before = {id(p): old for p, old in self._before_step}
         for _, quantizer in self._quantizers(module):

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_actreg.config import SITES, Site
 from lit_actreg.contracts import LossTerm
+from lit_actreg.module import LitLanguageModel
 from lit_actreg.quant.statistics import token_kurtosis
 
 
@@ -38,5 +39,6 @@ class KurtosisRegularization(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Registers the loss term before the model is built."""
+        assert isinstance(pl_module, LitLanguageModel)
         if stage == "fit" and self.weight > 0 and self.sites:
-            pl_module.loss_terms["kurtosis"] = LossTerm(token_kurtosis, self.sites, self.coefficient)  # type: ignore[union-attr,index]
+            pl_module.loss_terms["kurtosis"] = LossTerm(token_kurtosis, self.sites, self.coefficient)

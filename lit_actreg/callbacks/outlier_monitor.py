@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from lit_actreg.callbacks.pictures import channel_map, outlier_shares, value_histogram
 from lit_actreg.config import Site
+from lit_actreg.data.datamodule import TextDataModule
+from lit_actreg.module import LitLanguageModel
 from lit_actreg.quant.linear import InputQuantizer, QuantLinear
 from lit_actreg.quant.observe import observe_inputs
 from lit_actreg.quant.statistics import (
@@ -113,8 +116,11 @@ class OutlierMonitor(Callback):
 
     def snapshot(self, trainer: Trainer, module: LightningModule) -> None:
         """One pass over the tokens; logs numbers, and pictures when they are due."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(module, LitLanguageModel)
+        assert isinstance(data, TextDataModule)
         step = self._last_step = trainer.global_step
-        blocks = trainer.datamodule.blocks["valid"]  # type: ignore[attr-defined]
+        blocks = data.blocks["valid"]
         num_rows = max(1, min(len(blocks), self.num_tokens // (blocks[0].shape[-1] - 1)))
         ids = blocks.__getitems__(list(range(num_rows)))[:, :-1].to(module.device)
         found: dict[str, Tensor] = {}
@@ -133,7 +139,7 @@ class OutlierMonitor(Callback):
                 chosen.update(mean_abs=mean_abs, mean=mean, values=x[..., mean_abs.argmax()].flatten())
 
         with trainer.precision_plugin.forward_context():
-            observe_inputs(module.model, ids, observer)  # type: ignore[arg-type]
+            observe_inputs(module.model, ids, observer)
         values = torch.stack([value.float() for value in found.values()]).tolist()  # the one wait for the device
         numbers = dict(zip(found, values, strict=True))
         if trainer.logger is None or not trainer.is_global_zero:
@@ -145,8 +151,9 @@ class OutlierMonitor(Callback):
         sites = list(dict.fromkeys(site for _, site in by_pair))
         layers = sorted({layer for layer, _ in by_pair})
         self.shares.append([[by_pair[layer, site] for site in sites] for layer in layers])
-        writer = getattr(trainer.logger, "experiment", None)
-        if self.pictures_every and (len(self.steps) - 1) % self.pictures_every == 0 and hasattr(writer, "add_figure"):
+        due = self.pictures_every and (len(self.steps) - 1) % self.pictures_every == 0
+        if due and isinstance(trainer.logger, TensorBoardLogger):
+            writer = trainer.logger.experiment
             where = f"{self.site}, block {self.layer}"
             writer.add_figure("outliers/channels over steps", channel_map(self.steps, self.channels, where), step)
             writer.add_figure("outliers/share by layer", outlier_shares(self.steps, self.shares, sites), step)

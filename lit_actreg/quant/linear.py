@@ -36,8 +36,8 @@ class InputQuantizer(nn.Module):
         self.configure(config)
         learned = self.mode in ("static", "clamp")
         # On a known bound c⁻ stays: learned, it rose above GELU's minimum and masked the whole negative lobe.
-        on_bound = lower_bound is not None
-        self.low = nn.Parameter(torch.full((1,), lower_bound if on_bound else -4.0), learned and not on_bound)
+        lowest = -4.0 if lower_bound is None else lower_bound
+        self.low = nn.Parameter(torch.full((1,), lowest), learned and lower_bound is None)
         self.high = nn.Parameter(torch.full((1,), 4.0), learned)
 
     def configure(self, config: QuantConfig) -> None:

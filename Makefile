@@ -1,0 +1,68 @@
+# lit-actreg: `make help` lists the targets. Every target makes the environment it needs in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+PLAIN := --model.quant.activations none --kurtosis.weight 0
+SEEDS := 1 2 3
+# mypy does not follow an editable install's folder mapping; links under the packages' names do
+MYPY = mkdir -p build/mypy && ln -sfn ../../plugins build/mypy/lit_actreg_plugins && \
+  ln -sfn ../../kernels build/mypy/lit_actreg_kernels && MYPYPATH=build/mypy $(BIN)/mypy
+
+.PHONY: help demo demo-seeds test test-slow test-gpu bench lint
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/installed  ## train, quantize and validate a small W4A4 model beside its plain twin, on any machine
+	$(BIN)/lit-actreg fit --config configs/fit_demo.yaml --trainer.logger.init_args.save_dir $(RUN) \
+	  --trainer.logger.init_args.name tensorboard --trainer.logger.init_args.version actreg
+	$(BIN)/lit-actreg fit --config configs/fit_demo.yaml --trainer.logger.init_args.save_dir $(RUN) \
+	  --trainer.logger.init_args.name tensorboard --trainer.logger.init_args.version plain $(PLAIN)
+	for method in RTN GPTQ; do \
+	  $(BIN)/lit-actreg quantize --config configs/quantize.yaml --quantizer $$method \
+	    --ckpt_path $(RUN)/tensorboard/actreg/checkpoints/last.ckpt --output $(RUN)/artifacts/$$method && \
+	  $(BIN)/lit-actreg validate --config configs/validate_w4a4.yaml --ckpt_path $(RUN)/artifacts/$$method || exit 1; \
+	done
+	$(BIN)/lit-actreg table --config configs/table.yaml --output $(RUN)/table --checkpoints \
+	  '{actreg: $(RUN)/tensorboard/actreg/checkpoints/last.ckpt, plain: $(RUN)/tensorboard/plain/checkpoints/last.ckpt}'
+	@echo "W4A4 artifacts (Hugging Face checkpoints): $(RUN)/artifacts"
+	@echo "Training curves: $(BIN)/tensorboard --logdir $(RUN)/tensorboard"
+
+demo-seeds: .venv/installed  ## the demo's models over three seeds, in one table
+	for seed in $(SEEDS); do for kind in actreg plain; do \
+	  $(BIN)/lit-actreg fit --config configs/fit_demo.yaml --seed_everything $$seed --data.seed $$seed \
+	    --trainer.logger.init_args.save_dir $(RUN) --trainer.logger.init_args.name tensorboard \
+	    --trainer.logger.init_args.version $$kind-$$seed $$([ $$kind = plain ] && echo "$(PLAIN)") || exit 1; \
+	done; done
+	$(BIN)/lit-actreg table --config configs/table.yaml --output $(RUN)/table --checkpoints \
+	  "{$(foreach s,$(SEEDS),actreg-$(s): $(RUN)/tensorboard/actreg-$(s)/checkpoints/last.ckpt, plain-$(s): $(RUN)/tensorboard/plain-$(s)/checkpoints/last.ckpt$(if $(filter-out $(lastword $(SEEDS)),$(s)),$(comma)))}"
+
+comma := ,
+
+test: .venv/installed-dev  ## the tests, without a GPU
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MYPY)
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+test-slow: .venv/installed-dev  ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+test-gpu:  ## kernel tests and those that need a GPU, in the environment at hand
+	$(PYTHON) -m pytest tests/test_act_quant.py tests/test_int4_linear.py tests/test_ops.py tests/test_fake_quant.py
+
+bench:  ## the W4A4 linear against bf16 on this GPU, in the environment at hand
+	$(PYTHON) benchmarks/int4_linear.py
+
+lint: .venv/installed-dev  ## format and check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(MYPY)
