@@ -10,6 +10,7 @@ below it would never be used.
 - "mse": of 40 shrunken ranges f · [min, max], the one whose grid has the least squared error on these inputs.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -30,8 +31,10 @@ def initial_clips(
     tail: float = 1e-3,
 ) -> tuple[Tensor, Tensor]:
     """Clips c⁻, c⁺ (float32 [1] each) for inputs x [...], of which at most 2¹⁸ evenly spaced values are looked at."""
-    values = x.detach().flatten()
-    values = values[:: max(1, values.numel() // MAX_SAMPLES)].float()
+    stride = max(1, x.numel() // MAX_SAMPLES)
+    while math.gcd(stride, x.shape[-1]) > 1:  # or only a few of the channels would ever be looked at
+        stride += 1
+    values = x.detach().flatten()[::stride].float()
     if method == "constant":
         low, high = values.new_tensor([-constant]), values.new_tensor([constant])
     elif method == "quantile":
