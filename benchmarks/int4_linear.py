@@ -50,6 +50,11 @@ PREFILL_TILES = [
     Tile(64, 256, 64, 4, 4),
     Tile(256, 64, 64, 4, 3),
 ]
+HOPPER_TILES = [
+    Tile(128, 256, 64, 8, 4, hopper=True),
+    Tile(128, 256, 64, 8, 6, hopper=True),
+    Tile(128, 128, 64, 4, 4, hopper=True),
+]
 DECODE_TILES = [
     Tile(8, 16, 256, 1, 4),
     Tile(8, 16, 512, 2, 4),
@@ -300,7 +305,8 @@ def int4_candidate(tile: Tile, case: str) -> Candidate:
 
 def describe(tile: Tile) -> str:
     split = f"/{tile.split_k}" if tile.split_k > 1 else ""
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}{split}"
+    kernel = "hopper " if tile.hopper else ""
+    return f"{kernel}{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}{split}"
 
 
 def best_int8(problems: list[Problem]) -> Candidate:
@@ -387,7 +393,7 @@ def sweep(cases: list[str], rounds: int, keep: int = 5) -> None:
         for shape in DECODE_SHAPES if case == "decode" else PREFILL_SHAPES:
             problems = make_problems(shape)
             m, n, k = shape
-            tiles = PREFILL_TILES
+            tiles = PREFILL_TILES + (HOPPER_TILES if torch.cuda.get_device_capability() == (9, 0) else [])
             if case == "decode":
                 block_m = max(8, m)
                 tiles = [replace(tile, block_m=block_m) for tile in DECODE_TILES]
@@ -403,9 +409,10 @@ def sweep(cases: list[str], rounds: int, keep: int = 5) -> None:
             lines.append(f"{shape} bf16 {baseline.median:.1f} µs")
             order = sorted(timings, key=lambda timing: timing.median)
             shown = [t for t in order if "w4a4" in t.name][:keep] + [t for t in order if "int8" in t.name][:1]
-            shown += [t for t in timings if describe(default) in t.name and t not in shown]
+            current = [f"w4a4 {mode} {describe(default)}" for mode in modes]
+            shown += [t for t in timings if t.name in current and t not in shown]
             for timing in shown:
-                mark = " <- choose_tile" if timing.name.endswith(describe(default)) else ""
+                mark = " <- choose_tile" if timing.name in current else ""
                 lines.append(f"    {timing.name:38} {timing.median:8.1f} {baseline.median / timing.median:5.2f}x{mark}")
             print(f"swept {case} {shape}: {len(candidates)} candidates", file=sys.stderr, flush=True)
             del problems

@@ -43,7 +43,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: block_m tokens × block_n outputs, block_k packed bytes (2 block_k columns) a step."""
+    """What one program computes: block_m tokens × block_n outputs, block_k packed bytes (2 block_k columns) a step.
+
+    ``hopper`` selects the Gluon kernel of :mod:`.int4_hopper` (sm_90 only), which is not split over K.
+    """
 
     block_m: int
     block_n: int
@@ -51,6 +54,7 @@ class Tile:
     num_warps: int
     num_stages: int
     split_k: int = 1
+    hopper: bool = False
 
 
 @triton.jit
@@ -362,6 +366,15 @@ def int4_linear(
             num_warps=8 if tile.block_m == 128 else tile.num_warps,  # two accumulators take twice the registers
             num_stages=3,
         )
+        return y
+    if tile.hopper:
+        # Gluon is experimental: only who asks for its kernel imports it.
+        from lit_actreg_kernels import int4_hopper
+
+        if not int4_hopper.serves(x, packed):
+            raise ValueError("the hopper tile takes int8 codes with K and P multiples of 16: choose another tile")
+        block = (tile.block_m, tile.block_n, tile.block_k)
+        int4_hopper.int4_prefill(x, packed, *epilogue, y, block, tile.num_warps, tile.num_stages)
         return y
     q_min, q_max = code_range(act_bits)
     split_k = tile.split_k

@@ -1,0 +1,237 @@
+"""The prefill product of :mod:`.int4_linear` for sm_90, in Gluon: TMA, a ring of buffers, a `wgmma` that hardly idles.
+
+What Triton cannot be told: after a `wgmma` whose left operand is in registers it waits at once, so the tensor cores
+stand still while the next weights are unpacked. Gluon, Triton's lower level, leaves the order to us:
+
+    wgmma of step i starts → wait for step i − 1 → its buffer is refilled (TMA) → weights of step i + 1 are unpacked
+
+so there is always a step under way. One step is BLOCK_K packed bytes a row: 2 · BLOCK_K columns, a product for each
+nibble. Steps are unrolled over two turns of the ring, which makes buffers and barrier phases constants. Only between two
+such rounds is nothing under way: unpacked int8 carried around the loop would be split into bytes (230 instructions).
+BLOCK_K = 64 is what registers allow; with 128, ptxas gives up the overlap (C7512).
+
+TMA fills whatever lies outside a tensor with zeros, so tails need no masks: a step past P multiplies zero weights.
+
+The tile is y^T = W · A^T, BLOCK_N outputs × BLOCK_M tokens. 256 × 128 moves 32 KiB from L2 a step of 256 · 128 · 128
+products, where an int8 GEMM of that tile moves 48.
+
+Needs 16-byte rows: K and P multiples of 16. One weight scale a channel. Everything else as :mod:`.int4_linear`.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Gluon is experimental and renames things: Triton 3.6 and the releases after it are both served.
+_tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+if hasattr(mbarrier, "allocate_mbarrier"):
+
+    @gluon.jit
+    def _allocate_barriers(NUM: gl.constexpr):
+        return mbarrier.allocate_mbarrier(batch=NUM)
+
+else:
+
+    @gluon.jit
+    def _allocate_barriers(NUM: gl.constexpr):
+        return gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def times_16_low(packed):
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+        "=r,r",
+        [packed],
+        dtype=gl.int8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def times_16_high(packed):
+    return gl.inline_asm_elementwise(
+        "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=gl.int8, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def _fetch(codes_desc, packed_desc, codes_smem, packed_smem, filled, step, stage, num_steps, m, n, P):
+    """Starts the copies of one step; ``filled`` flips when all three have landed."""
+    BLOCK_K: gl.constexpr = packed_desc.block_type.shape[1]
+    barrier, wanted = filled.index(stage), step < num_steps
+    mbarrier.expect(barrier, packed_desc.block_type.nbytes + 2 * codes_desc.block_type.nbytes, pred=wanted)
+    j = step * BLOCK_K
+    _tma_load(packed_desc, [n, j], barrier, packed_smem.index(stage), pred=wanted)
+    _tma_load(codes_desc, [m, j], barrier, codes_smem.index(2 * stage), pred=wanted)
+    _tma_load(codes_desc, [m, P + j], barrier, codes_smem.index(2 * stage + 1), pred=wanted)
+
+
+@gluon.jit
+def _unpack(packed_smem, filled, stage, phase, OPERAND: gl.constexpr):
+    mbarrier.wait(filled.index(stage), phase)
+    packed = packed_smem.index(stage).load(OPERAND)
+    return times_16_low(packed), times_16_high(packed)
+
+
+@gluon.jit
+def _kernel(
+    codes_desc,
+    packed_desc,
+    y_ptr,
+    act_scale_ptr,
+    act_zero_point_ptr,
+    weight_scale_ptr,
+    weight_sums_ptr,
+    bias_ptr,
+    residual_ptr,
+    M,
+    N,
+    P,
+    PER_TOKEN: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    BLOCK_N: gl.constexpr = packed_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = packed_desc.block_type.shape[1]
+    BLOCK_M: gl.constexpr = codes_desc.block_type.shape[0]
+    UNROLL: gl.constexpr = 2 * STAGES
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_M, 32]
+    )
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=4)
+
+    num_m, num_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    first_m = gl.program_id(0) // (GROUP_M * num_n) * GROUP_M
+    rows = gl.minimum(num_m - first_m, GROUP_M)
+    within = gl.program_id(0) % (GROUP_M * num_n)
+    m0, n0 = (first_m + within % rows) * BLOCK_M, (within // rows) * BLOCK_N
+
+    packed_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N, BLOCK_K], packed_desc.layout)
+    codes_smem = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BLOCK_M, BLOCK_K], codes_desc.layout)
+    filled = _allocate_barriers(STAGES)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(filled.index(stage), count=1)
+    fence_async_shared()
+
+    num_steps = UNROLL * gl.cdiv(P, UNROLL * BLOCK_K)
+    for stage in gl.static_range(STAGES - 1):
+        _fetch(codes_desc, packed_desc, codes_smem, packed_smem, filled, stage, stage, num_steps, m0, n0, P)
+    acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, ACC)
+    for base in range(0, num_steps, UNROLL):
+        low, high = _unpack(packed_smem, filled, 0, 0, OPERAND)
+        for i in gl.static_range(UNROLL):
+            low_codes = codes_smem.index(2 * (i % STAGES)).permute((1, 0))
+            high_codes = codes_smem.index(2 * (i % STAGES) + 1).permute((1, 0))
+            acc = warpgroup_mma(low, low_codes, acc, is_async=True)
+            acc = warpgroup_mma(high, high_codes, acc, is_async=True)
+            if i > 0:
+                acc = warpgroup_mma_wait(2, deps=[acc])  # the two of the step before are done
+            _fetch(
+                codes_desc,
+                packed_desc,
+                codes_smem,
+                packed_smem,
+                filled,
+                base + i + STAGES - 1,
+                (i + STAGES - 1) % STAGES,
+                num_steps,
+                m0,
+                n0,
+                P,
+            )
+            if i + 1 < UNROLL:
+                low, high = _unpack(packed_smem, filled, (i + 1) % STAGES, (i + 1) // STAGES % 2, OPERAND)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(filled.index(stage))
+
+    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
+    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
+    act_scale = gl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
+    zero_point = gl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
+    weight_scale = gl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
+    sums = gl.load(weight_sums_ptr + n, mask=n < N, other=0).to(gl.float32)
+    y = weight_scale[:, None] * ((acc >> 4).to(gl.float32) - zero_point[None, :] * sums[:, None])
+    y *= act_scale[None, :]
+    if HAS_BIAS:
+        y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+
+    # Outputs are contiguous along N: eight of them a thread, so that bfloat16 leaves in 16-byte stores.
+    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, num_warps], [0, 1])
+    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
+    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, STORE))
+    offsets = m.to(gl.int64)[None, :] * N + n[:, None]
+    inside = (m < M)[None, :] & (n < N)[:, None]
+    if HAS_RESIDUAL:
+        y = gl.convert_layout(y, STORE) + gl.load(residual_ptr + offsets, mask=inside, other=0.0).to(gl.float32)
+        out = y.to(y_ptr.dtype.element_ty)
+    else:
+        out = gl.convert_layout(y.to(y_ptr.dtype.element_ty), STORE)
+    gl.store(y_ptr + offsets, out, mask=inside)
+
+
+def operand_layout(block_k: int) -> gl.NVMMASharedLayout:
+    """Shared-memory layout of both operands: rows of block_k bytes, swizzled by as many."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=block_k, element_bitwidth=8, rank=2)
+
+
+def serves(codes: Tensor, packed: Tensor) -> bool:
+    """Whether TMA can read these tensors: int8 codes and rows of 16 bytes, at addresses of 16."""
+    aligned = all(t.data_ptr() % 16 == 0 and t.shape[1] % 16 == 0 for t in (codes, packed))
+    return codes.dtype == torch.int8 and aligned
+
+
+def int4_prefill(
+    codes: Tensor,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    block: tuple[int, int, int],
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    """Writes y [M, N]; ``block`` is (tokens, outputs, packed bytes a step). See :func:`.int4_linear.int4_linear`."""
+    (num_tokens, num_outputs), num_bytes = y.shape, packed.shape[1]
+    block_m, block_n, block_k = block
+    layout = operand_layout(block_k)
+    programs = -(-num_tokens // block_m) * -(-num_outputs // block_n)
+    _kernel[(programs,)](
+        TensorDescriptor.from_tensor(codes, [block_m, block_k], layout),
+        TensorDescriptor.from_tensor(packed, [block_n, block_k], layout),
+        y,
+        act_scale,
+        act_zero_point,
+        weight_scale,
+        weight_sums,
+        bias,
+        residual,
+        num_tokens,
+        num_outputs,
+        num_bytes,
+        PER_TOKEN=act_scale.numel() > 1,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        STAGES=num_stages,
+        GROUP_M=8,
+        num_warps=num_warps,
+    )
