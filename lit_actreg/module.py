@@ -24,12 +24,13 @@ from lit_actreg.contracts import LossTerm
 from lit_actreg.data.packed import IGNORE
 from lit_actreg.huggingface import load_huggingface
 from lit_actreg.model import Decoder
-from lit_actreg.parallel import compile_blocks
+from lit_actreg.parallel import checkpoint_blocks, compile_blocks, shard, whole
 
 
 def next_token_loss(head: nn.Linear, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy in nats, mean over the targets that are not padding: scalar, float32."""
-    logits = head(hidden_BTD).float()
+    """Cross-entropy in nats, mean over the targets that are not padding: scalar, float32 (float64 stays)."""
+    logits = head(hidden_BTD)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE)
 
 
@@ -44,6 +45,7 @@ class LitLanguageModel(LightningModule):
         vocab_size: Rows of the embedding; the command line sets it from the data.
         init_from: Folder whose weights and shape are used instead of new ones: one that `quantize` wrote, or an
             unquantized Hugging Face checkpoint of GPT-NeoX or Llama.
+        activation_checkpointing: Recompute every block in the backward pass: less memory, up to a third more time.
         compile: Compile every block (and the loss) with torch.compile.
         new_tokens: Tokens that `predict` generates after each prompt.
         temperature: Sampling temperature of `predict`; 0 takes the likeliest token.
@@ -58,6 +60,7 @@ class LitLanguageModel(LightningModule):
         optim: OptimConfig | None = None,
         vocab_size: int = 4096,
         init_from: Path | None = None,
+        activation_checkpointing: bool = False,
         compile: bool = False,
         new_tokens: int = 64,
         temperature: float = 0.8,
@@ -71,6 +74,7 @@ class LitLanguageModel(LightningModule):
         )
         self.shape, self.quant, self.optim, self.vocab_size = shape, quant, optim or OptimConfig(), vocab_size
         self.init_from, self.compile_model = init_from, compile
+        self.activation_checkpointing = activation_checkpointing
         self.new_tokens, self.temperature = new_tokens, temperature
         self.loss_terms: dict[str, LossTerm] = {}
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
@@ -78,7 +82,7 @@ class LitLanguageModel(LightningModule):
         self._clock = (0.0, 0)
 
     def configure_model(self) -> None:
-        """Builds the decoder once: new, from a folder; then tells it the loss terms, then compiles."""
+        """Builds the decoder once, new or from a folder; tells it the loss terms; then :mod:`lit_actreg.parallel`."""
         if hasattr(self, "model"):
             return
         if self.init_from and is_artifact(self.init_from):
@@ -91,9 +95,13 @@ class LitLanguageModel(LightningModule):
                 missing = self.model.load_state_dict(state, strict=False).missing_keys
                 assert all("input_quantizer" in name for name in missing), missing
         self.model.set_loss_terms(tuple(self.loss_terms.values()))
+        if self.activation_checkpointing:
+            checkpoint_blocks(self.model)
         if self.compile_model:
             compile_blocks(self.model)
             self.cross_entropy = torch.compile(next_token_loss)  # type: ignore[assignment]
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh)
 
     # Steps
 
@@ -123,8 +131,8 @@ class LitLanguageModel(LightningModule):
     def _evaluate(self, batch: Tensor, metric: MeanMetric) -> None:
         targets = batch[:, 1:]
         num_targets = (targets != IGNORE).sum()
+        hidden, _ = self.model(batch[:, :-1].clamp(min=0))  # also of padding alone: sharded ranks run together
         if num_targets:
-            hidden, _ = self.model(batch[:, :-1].clamp(min=0))
             metric.update(self.cross_entropy(self.model.head, hidden, targets), num_targets)
 
     def _log_perplexity(self, metric: MeanMetric, stage: str) -> None:
@@ -205,4 +213,4 @@ class LitLanguageModel(LightningModule):
         if gradient_clip_val:
             weights = [p for group in optimizer.param_groups if group["name"] != "clips" for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(weights, gradient_clip_val)
-            self.log("train/gradient_norm", norm)
+            self.log("train/gradient_norm", whole(norm))

@@ -1,13 +1,72 @@
-"""How a built decoder is made fast, one function a technique, in the order that works: compile, then shard.
+"""How a built decoder is made to fit and made fast, one function a technique, in the order that works:
 
-Each block is compiled in place, so parameter names, checkpoints and hooks between blocks stay as they are. The
-LightningModule itself is never compiled: ``self.log`` does not survive it.
+1. :func:`checkpoint_blocks`: recompute a block's activations in the backward pass rather than keep them;
+2. :func:`compile_blocks`: one graph a block, the checkpointing inside it;
+3. :func:`shard`: split parameters, gradients and optimizer states over the ranks (FSDP2), around the compiled blocks.
+
+Each works in place on the blocks, so that parameter names, checkpoints and what stands at ``model.blocks[i]`` stay as
+they are. The LightningModule itself is never compiled: ``self.log`` does not survive it.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
 from lit_actreg.model import Decoder
+
+
+def checkpoint_blocks(model: Decoder) -> None:
+    """Keeps only every block's input; the backward pass runs the block again.
+
+    Nothing in a block is random, so no random state is kept. A loss term's statistic is one of the block's outputs; it
+    is computed again too, and enters the loss once.
+    """
+
+    def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Tensor) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+        return run
+
+    for block in model.blocks:
+        block.forward = checkpointed(block.forward)
 
 
 def compile_blocks(model: Decoder) -> None:
     """Compiles every block as one graph each; they share the compiled code."""
     for block in model.blocks:
         block.compile(fullgraph=True)
+
+
+def shard(model: Decoder, mesh: DeviceMesh) -> None:
+    """Shards parameters over the data-parallel ranks: one group a block, and one of all else (the root).
+
+    Every rank must come with the same weights: they are split, not broadcast. Embedding and head, tied or not, are in
+    the root's group, whose weights stay whole from the forward pass to the backward pass: the loss applies the head
+    after the decoder's forward has returned.
+
+    Args:
+        model: The decoder, checkpointed and compiled if it is to be.
+        mesh: Lightning's mesh, of dimensions "data_parallel" and "tensor_parallel".
+    """
+    if (size := mesh["tensor_parallel"].size()) > 1:
+        raise ValueError(
+            f"trainer.strategy has tensor_parallel_size {size}, but only data is parallel here: set it to 1 and "
+            "data_parallel_size to the number of devices"
+        )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=False)
+    # The gradient of a parameter outside every group would not be reduced, and ranks would drift apart.
+    outside = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    assert not outside, outside
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, with all its values on every rank; all ranks must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lit_actreg.config import SITES
 from lit_actreg.module import LitLanguageModel
+from lit_actreg.parallel import whole
 from lit_actreg.quant.clips import ClipMethod, initial_clips
 from lit_actreg.quant.linear import InputQuantizer, QuantLinear
 from lit_actreg.quant.observe import observe_inputs
@@ -59,6 +60,13 @@ class ClipSchedule(Callback):
         self.method, self.constant, self.tail = method, constant, tail
         self._before_step: list[tuple[Tensor, Tensor]] = []
         self._calibrated_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calibrated_step": self._calibrated_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A fit stopped inside an accumulation window has calibrated for it; the clips are in the checkpoint."""
+        self._calibrated_step = state_dict["calibrated_step"]
 
     def _quantizers(self, module: LitLanguageModel) -> list[tuple[str, InputQuantizer]]:
         named = []
@@ -109,8 +117,8 @@ class ClipSchedule(Callback):
             observe_inputs(module.model, ids, observer)
         if found:
             values = trainer.strategy.reduce(torch.stack([clips for _, clips in found]), reduce_op="mean")
-            for (quantizer, _), (low, high) in zip(found, values, strict=True):
-                quantizer.low.fill_(low)
+            for (quantizer, _), (low, high) in zip(found, values.tolist(), strict=True):
+                quantizer.low.fill_(low)  # with a number: the clip may be sharded
                 quantizer.high.fill_(high)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -132,8 +140,8 @@ class ClipSchedule(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.logger is not None:  # type: ignore[attr-defined]
             pl_module.log("clips/bits", float(self.bits_at(trainer.global_step, pl_module.quant.activation_bits)))
             for name, quantizer in self._quantizers(pl_module):
-                pl_module.log(f"clips_low_{name}", quantizer.low.detach())
-                pl_module.log(f"clips_high_{name}", quantizer.high.detach())
+                pl_module.log(f"clips_low_{name}", whole(quantizer.low.detach()))
+                pl_module.log(f"clips_high_{name}", whole(quantizer.high.detach()))
 
     def _scale_step(self, module: LitLanguageModel) -> None:
         """Turns the step just made, in absolute units, into one in units of half the clip interval."""
