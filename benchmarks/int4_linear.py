@@ -189,8 +189,12 @@ class Candidate:
     expect: Callable[[Problem], Tensor] | None = None
 
 
+class CheckFailed(Exception):
+    """A candidate's output is not the reference's."""
+
+
 def check(candidate: Candidate, problem: Problem) -> None:
-    """Exits unless the candidate's output is the reference's, within one rounding to its dtype (integers: equal)."""
+    """Raises unless the candidate's output is the reference's, within one rounding to its dtype (integers: equal)."""
     if candidate.expect is None:
         return
     output, expected = candidate.call(problem), candidate.expect(problem)
@@ -203,7 +207,7 @@ def check(candidate: Candidate, problem: Problem) -> None:
         passed = bool(((output.float() - expected.float()).abs() <= bound).all())
     if not passed:
         worst = (output.double() - expected.double()).abs().max().item()
-        sys.exit(f"{candidate.name} differs from the reference by up to {worst:.4g} at {tuple(output.shape)}: no row")
+        raise CheckFailed(f"{candidate.name} differs from the reference by up to {worst:.4g} at {tuple(output.shape)}")
 
 
 def capture(candidate: Candidate, problems: list[Problem]) -> torch.cuda.CUDAGraph:
@@ -317,11 +321,11 @@ def best_int8(problems: list[Problem]) -> Candidate:
 
 
 def usable(candidate: Candidate, problem: Problem) -> Candidate | None:
-    """The candidate, checked; None, with a note, where its tile does not fit the GPU."""
+    """The candidate; None, with a note, where its tile does not fit the GPU or its check fails."""
     try:
         check(candidate, problem)
-    except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
-        print(f"skipped {candidate.name}: {error}", file=sys.stderr)
+    except (CheckFailed, triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
+        print(f"skipped {candidate.name}: {str(error)[-200:]}")
         return None
     return candidate
 
@@ -369,7 +373,10 @@ def print_table(cases: list[str], rounds: int) -> list[dict[str, str | float]]:
             problems = make_problems(shape)
             candidates = candidates_of(case, problems)
             for candidate in candidates:
-                check(candidate, problems[0])
+                try:
+                    check(candidate, problems[0])
+                except CheckFailed as error:
+                    sys.exit(f"no row for {case} {shape}: {error}")
             timings = measure(candidates, problems, rounds)
             for timing in timings:
                 speedup = timings[0].median / timing.median

@@ -6,8 +6,8 @@ stand still while the next weights are unpacked. Gluon, Triton's lower level, le
     wgmma of step i starts → wait for step i − 1 → its buffer is refilled (TMA) → weights of step i + 1 are unpacked
 
 so there is always a step under way. One step is BLOCK_K packed bytes a row: 2 · BLOCK_K columns, a product for each
-nibble. Steps are unrolled over two turns of the ring, which makes buffers and barrier phases constants. Only between two
-such rounds is nothing under way: unpacked int8 carried around the loop would be split into bytes (230 instructions).
+nibble. Steps are unrolled over two turns of the ring, which makes buffers and barrier phases constants. Only between
+such rounds nothing is under way: unpacked int8 carried around the loop would be split into bytes (230 instructions).
 BLOCK_K = 64 is what registers allow; with 128, ptxas gives up the overlap (C7512).
 
 TMA fills whatever lies outside a tensor with zeros, so tails need no masks: a step past P multiplies zero weights.
