@@ -79,14 +79,20 @@ def test_extreme_codes_do_not_overflow(tile):
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("tile", [PREFILL, SPLIT], ids=["prefill", "split"])
 def test_epilogue(dtype, per_token, tile):
-    tensors, _ = problem(19, 70, 150, per_token=per_token)
+    tensors, weight_codes = problem(19, 70, 150, per_token=per_token)
     tensors["act_zero_point"] += 0.25  # a real zero point
-    # All of the epilogue is float32, where only the order of roundings may differ: some 4 of them, on terms that are
-    # larger than the sum by at most the cancellation seen here (8). Then one rounding to the output's dtype.
-    eps = torch.finfo(dtype).eps
-    rtol = 32 * torch.finfo(torch.float32).eps if dtype == torch.float32 else eps
+    # All of the epilogue is float32, where the order of roundings may differ (a GPU fuses multiply and add): at most 4
+    # of them, each half a unit of the terms' magnitude, which cancellation leaves in a smaller sum. Then one rounding
+    # to the output's dtype.
     wide = expected(tensors, torch.float32)
-    torch.testing.assert_close(run(tensors, dtype, tile).float(), wide, rtol=rtol, atol=1e-3 * 32 * 2**-23 + eps * 1e-3)
+    products = (tensors["x"].double() @ weight_codes.double().T).abs()
+    products += (tensors["act_zero_point"] * tensors["weight_sums"].flatten()).abs()
+    terms = products * (tensors["act_scale"] * tensors["weight_scale"].flatten())
+    terms += tensors["bias"].abs() + tensors["residual"].abs()
+    tolerance = 4 * 2**-24 * terms
+    if dtype != torch.float32:
+        tolerance += torch.finfo(dtype).eps * wide.abs()
+    assert ((run(tensors, dtype, tile).double() - wide).abs() <= tolerance).all()
 
 
 @pytest.mark.parametrize(
