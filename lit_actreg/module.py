@@ -155,7 +155,10 @@ class LitLanguageModel(LightningModule):
 
     @torch.no_grad()
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Continues prompts [B, T] by ``new_tokens`` tokens, re-reading the context for each: [B, T + new_tokens]."""
+        """Continues prompts [B, T] by ``new_tokens`` tokens, re-reading the context for each, and prints them.
+
+        Returns [B, T + new_tokens].
+        """
         for _ in range(self.new_tokens):
             hidden, _ = self.model(batch[:, -self.model.config.context :])
             logits = self.model.logits(hidden[:, -1]).float()
@@ -164,6 +167,8 @@ class LitLanguageModel(LightningModule):
             else:
                 token = logits.argmax(-1, keepdim=True)
             batch = torch.cat([batch, token], dim=1)
+        for row in batch:
+            print(self.trainer.datamodule.decode(row))  # type: ignore[attr-defined]
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

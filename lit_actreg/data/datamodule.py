@@ -55,6 +55,7 @@ class TextDataModule(LightningDataModule):
         num_proc: Processes that tokenize; null means one (its threads use every core), on more than 8 cores one a core.
         cache_dir: Folder of trained tokenizers and packed blocks.
         seed: Seed of the order of training sequences and of a mixture's draws.
+        prompts: Texts that `predict` continues.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class TextDataModule(LightningDataModule):
         num_proc: int | None = None,
         cache_dir: str = "runs/cache",
         seed: int = 0,
+        prompts: list[str] | None = None,
     ) -> None:
         super().__init__()
+        self.prompts = prompts or []
         names = [source] if isinstance(source, str) else source
         if not names:
             raise ValueError('data.source is an empty list: name a source, for instance "sotu"')
@@ -137,6 +140,8 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Trains the tokenizer and packs the blocks, unless the cache has them. Lightning calls it on one process."""
+        if self.prompts and self.given_tokenizer:
+            return  # text is generated, none is read
         if (self.given_tokenizer or self.tokenizer_path.is_file()) and self.packed_folder.is_dir():
             return
         self.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -187,7 +192,9 @@ class TextDataModule(LightningDataModule):
         return Encoder(tokenizer, end_of_text(tokenizer, self.tokenizer_path), token_dtype(self.vocab_size))
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the packed splits (memory-mapped: nothing is read)."""
+        """Opens the packed splits (memory-mapped: nothing is read); `predict` needs none."""
+        if stage == "predict":
+            return
         self.blocks = {split: PackedBlocks(self.packed_folder / f"{split}.arrow") for split in SPLITS}
 
     # Batches
@@ -243,6 +250,19 @@ class TextDataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Tensor]:
         return self._eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """The prompts, one int64 [1, T] each."""
+        if not self.prompts:
+            raise ValueError("data.prompts is empty: give the texts to continue, for instance \"['The state of']\"")
+        tokenizer = load_tokenizer(self.tokenizer_path, self.vocab_size)
+        empty = [end_of_text(tokenizer, self.tokenizer_path)]
+        encoded = [torch.tensor([tokenizer.encode(prompt).ids or empty]) for prompt in self.prompts]
+        return DataLoader(encoded, batch_size=None)  # type: ignore[arg-type]
+
+    def decode(self, ids: Tensor) -> str:
+        """Text of token ids [T]."""
+        return load_tokenizer(self.tokenizer_path, self.vocab_size).decode(ids.tolist())
 
     def _eval_dataloader(self, split: Split) -> DataLoader[Tensor]:
         blocks = self.blocks[split]
