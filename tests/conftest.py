@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """Threads of a model this small only wait for each other."""
     before = torch.get_num_threads()

@@ -5,7 +5,7 @@ is float64, where engines differ by the order of sums alone, some 1e-16 a term; 
 boundary, which would jump to the other code, is as rare. So 1e-10 holds for gradients, compiled ones included, and the
 issue's 1e-8 for losses after 20 steps of Adam, which divides by the gradients' size and so carries differences on.
 
-Run under torchrun (``torchrun --nproc-per-node 2 test_parity.py CORPUS CASES OUTPUT``) this file is the distributed fits.
+Under torchrun (``torchrun --nproc-per-node 2 test_parity.py CORPUS CASES OUTPUT``) this file is the distributed fits.
 """
 
 import json
