@@ -48,6 +48,10 @@ class ActRegCLI(LightningCLI):
         parser.add_lightning_class_args(OutlierMonitor, "outliers")
         parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
 
+    def after_fit(self) -> None:
+        """The last word of a fit is the perplexity of its last weights, wherever the validation interval fell."""
+        self.trainer.validate(self.model, datamodule=self.datamodule)
+
     def _parse_ckpt_path(self) -> None:
         """A checkpoint fixes shape, vocabulary and tokenizer; its quantization holds unless the user names another.
 
