@@ -82,6 +82,11 @@ class ClipSchedule(Callback):
         started = {first: bits for first, bits in (self.bits or {}).items() if int(first) <= step}
         return started[max(started)] if started else default
 
+    def lr_at(self, step: int, module: LitLanguageModel) -> float:
+        """Learning rate of the clips at an optimizer step, in this schedule's unit."""
+        frozen = self.freeze_step is not None and step >= self.freeze_step
+        return 0.0 if frozen else self.lr * module.lr_factor(step)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
         assert isinstance(pl_module, LitLanguageModel)
         step = trainer.global_step
@@ -123,10 +128,9 @@ class ClipSchedule(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, LitLanguageModel)
-        frozen = self.freeze_step is not None and trainer.global_step >= self.freeze_step
         for group in optimizer.param_groups:
             if group["name"] == "clips":
-                group["lr"] = 0.0 if frozen else self.lr * pl_module.lr_factor(trainer.global_step)
+                group["lr"] = self.lr_at(trainer.global_step, pl_module)
                 group["betas"] = (self.momentum, group["betas"][1])
                 if self.unit == "relative":
                     self._before_step = [(p, p.detach().clone()) for p in group["params"]]
@@ -137,9 +141,11 @@ class ClipSchedule(Callback):
         if self._before_step:
             self._scale_step(pl_module)
             self._before_step = []
-        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.logger is not None:  # type: ignore[attr-defined]
+        quantizers = self._quantizers(pl_module)
+        if quantizers and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("clips/bits", float(self.bits_at(trainer.global_step, pl_module.quant.activation_bits)))
-            for name, quantizer in self._quantizers(pl_module):
+            pl_module.log("clips/lr", self.lr_at(trainer.global_step, pl_module))
+            for name, quantizer in quantizers:
                 pl_module.log(f"clips_low_{name}", whole(quantizer.low.detach()))
                 pl_module.log(f"clips_high_{name}", whole(quantizer.high.detach()))
 

@@ -23,8 +23,8 @@ def channel_map(steps: list[int], channels: list[list[float]], where: str) -> Fi
 
 def outlier_shares(steps: list[int], shares: list[list[list[float]]], sites: list[str]) -> Figure:
     """Share of outlier channels (mean |x| > 6 × the layer's) over training: a panel a site, a line a block."""
-    figure = Figure(figsize=(3 * len(sites), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(sites), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey=True).flatten()
     num_layers = len(shares[-1])
     for s, (axes, site) in enumerate(zip(panels, sites, strict=True)):
         for layer in range(num_layers):
