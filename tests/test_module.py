@@ -1,0 +1,194 @@
+"""The module: optimizer groups, schedule, clipping, perplexity, generation; and a killed fit that is resumed.
+
+The last test runs the whole application, callbacks included, through the real command line, with this file's ``Die``
+as one more callback.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from small_fit import CONTEXT, VOCAB_SIZE, datamodule, lit_module, trainer, write_corpus
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_actreg.cli import main
+from lit_actreg.config import QuantConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("module") / "corpus")
+
+
+def configured(**options):
+    module = lit_module(**options)
+    trainer([], steps=20).strategy.connect(module)
+    module.configure_model()
+    return module
+
+
+@pytest.mark.parametrize("style", ["neox", "llama"])
+@pytest.mark.parametrize("activations", ["static", "none"])
+def test_every_trained_parameter_is_in_its_group_once(style, activations):
+    module = configured(style=style, quant=QuantConfig(activations=activations))
+    names = {id(p): name for name, p in module.model.named_parameters()}
+    groups = {g["name"]: g for g in module.configure_optimizers()["optimizer"].param_groups}
+    found = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
+    trained = {name for name, p in module.model.named_parameters() if p.requires_grad}
+    assert set.union(*found.values()) == trained
+    assert sum(len(group["params"]) for group in groups.values()) == len(trained)
+    assert found["matrices"] == {n for n in trained if n.endswith("weight") and "norm" not in n}
+    assert found.get("clips", set()) == {n for n in trained if n.endswith(("quantizer.low", "quantizer.high"))}
+    assert ("clips" in groups) == (activations == "static")
+    decay = {name: group["weight_decay"] for name, group in groups.items()}
+    assert decay == {"matrices": 0.1, "vectors": 0.0} | ({"clips": 0.0} if "clips" in groups else {})
+    assert groups["matrices"]["betas"] == (0.9, 0.95)
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine():
+    module = lit_module()  # 3 steps of warm-up, end at 20, a tenth left
+    factors = [module.lr_factor(step) for step in (0, 1, 2, 3, 20, 1000)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 0.1, 0.1])
+    module.optim.warmup_steps = 0
+    assert module.lr_factor(10) == pytest.approx(0.55)  # half way
+    module.optim.decay_steps = None
+    module.trainer = trainer([], steps=-1, max_epochs=1)
+    with pytest.raises(ValueError, match=r"set trainer\.max_steps or optim\.decay_steps"):
+        module.lr_factor(10)
+
+
+def test_gradients_are_clipped_by_the_norm_of_the_weights_alone(monkeypatch):
+    module = configured()
+    logged = {}
+    monkeypatch.setattr(module, "log", lambda name, value: logged.update({name: value.item()}))
+    optimizer = module.configure_optimizers()["optimizer"]
+    for p in module.model.parameters():
+        p.grad = torch.ones_like(p)
+    clips = optimizer.param_groups[-1]["params"]
+    num_weights = sum(p.numel() for g in optimizer.param_groups[:-1] for p in g["params"])
+    module.configure_gradient_clipping(optimizer, None)
+    assert module.model.embedding.weight.grad[0, 0] == 1.0
+    module.configure_gradient_clipping(optimizer, 2.0)
+    assert logged["train/gradient_norm"] == pytest.approx(math.sqrt(num_weights), rel=1e-5)
+    assert module.model.embedding.weight.grad[0, 0].item() == pytest.approx(2 / math.sqrt(num_weights), rel=1e-4)
+    assert all(clip.grad.item() == 1.0 for clip in clips)
+
+
+def test_perplexity_does_not_depend_on_the_batch_size(corpus):
+    """28 blocks in batches of 3, 5 and 16: the last ones have rows of padding."""
+    module, seen = configured(), {}
+    for batch_size in (1, 3, 5, 16):
+        data = datamodule(corpus, batch_size=batch_size)
+        engine = trainer([], limit_val_batches=1000, limit_test_batches=1000)
+        seen[batch_size] = engine.validate(module, datamodule=data, verbose=False)[0]["val/perplexity"]
+        num_blocks = len(data.blocks["valid"])
+        blocks = data.blocks["valid"].__getitems__(list(range(num_blocks)))
+        (test,) = engine.test(module, datamodule=data, verbose=False)
+        assert test["test/perplexity"] != seen[batch_size]
+    assert num_blocks == 28
+    with torch.no_grad():
+        logits = module.model.logits(module.model(blocks[:, :-1])[0])
+    expected = F.cross_entropy(logits.flatten(0, 1).double(), blocks[:, 1:].flatten()).exp().item()
+    assert list(seen.values()) == pytest.approx([expected] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_prompt", [1, CONTEXT - 2, CONTEXT + 5])
+def test_predict_continues_with_the_likeliest_tokens(corpus, num_prompt, capsys):
+    data = datamodule(corpus)
+    data.prepare_data()
+    module = configured(quant=QuantConfig(activations="none"))
+    module.new_tokens, module.temperature = 4, 0.0
+    engine = trainer([], limit_val_batches=1)
+    engine.validate(module, datamodule=data, verbose=False)  # attaches both
+    prompt = torch.arange(num_prompt).remainder(VOCAB_SIZE).unsqueeze(0)
+    found = module.predict_step(prompt, 0)
+    assert found.shape == (1, num_prompt + 4)
+    assert torch.equal(found[:, :num_prompt], prompt)
+    for i in range(num_prompt, num_prompt + 4):
+        context = found[:, max(0, i - CONTEXT) : i]
+        with torch.no_grad():
+            assert found[0, i] == module.model.logits(module.model(context)[0])[0, -1].argmax()
+    assert capsys.readouterr().out == data.decode(found[0]) + "\n"
+
+
+def test_a_checkpoint_is_of_plain_types_and_brings_its_tokenizer(corpus, tmp_path):
+    data, module = datamodule(corpus), lit_module()
+    engine = trainer([], steps=1)
+    engine.fit(module, datamodule=data)
+    engine.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert checkpoint["tokenizer_json"] == data.tokenizer_path.read_text()
+    assert set(checkpoint["hyper_parameters"]) == {"shape", "quant", "vocab_size"}
+    read = type(module).load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert (read.shape, read.quant, read.vocab_size) == (module.shape, module.quant, module.vocab_size)
+    for name, p in module.model.named_parameters():
+        assert torch.equal(read.model.get_parameter(name), p)
+
+
+class Die(Callback):
+    """SIGKILL inside the second accumulation window after the checkpoint of step 4."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_fit_is_resumed_to_the_same_losses(corpus, tmp_path):
+    def arguments(version: str) -> list[str]:
+        settings = {
+            "model.shape": "{num_layers: 2, width: 32, num_heads: 2}",
+            "optim.warmup_steps": 3,
+            "kurtosis": "{weight: 1e-3, warmup_steps: 6}",
+            "clips": "{lr: 0.01, bits: {0: 16, 2: 8, 4: 4}, calibrate_steps: [0, 3, 5], momentum: 0.5}",
+            "outliers": "{every_n_steps: 2, num_tokens: 64, pictures_every: 0}",
+            "checkpoint.every_n_steps": 4,
+            "data.source": corpus,
+            "data.cache_dir": corpus.parent / "cache",
+            "data.vocab_size": VOCAB_SIZE,
+            "data.context": CONTEXT,
+            "data.batch_size": 4,
+            "data.valid_share": 0.1,
+            "data.num_workers": 0,
+            "trainer.accelerator": "cpu",
+            "trainer.devices": 1,
+            "trainer.max_steps": 8,
+            "trainer.accumulate_grad_batches": 2,
+            "trainer.val_check_interval": 6,
+            "trainer.gradient_clip_val": 1.0,
+            "trainer.log_every_n_steps": 1,
+            "trainer.enable_progress_bar": "false",
+            "trainer.logger": "TensorBoardLogger",
+            "trainer.logger.save_dir": tmp_path,
+            "trainer.logger.name": "fit",
+            "trainer.logger.version": version,
+        }
+        return ["fit", *(f"--{name}={value}" for name, value in settings.items())]
+
+    def scalars(version: str, after: int) -> dict[str, list[tuple[int, float]]]:
+        events = EventAccumulator(str(tmp_path / "fit" / version), {"scalars": 0}).Reload()
+        kinds = ("train/loss", "kurtosis/", "clips", "outliers_", "val/", "lr-", "train/gradient_norm")
+        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(kinds)]
+        return {tag: [(e.step, e.value) for e in events.Scalars(tag) if e.step > after] for tag in tags}
+
+    main(arguments("whole"))
+    killed = [sys.executable, "-m", "lit_actreg", *arguments("killed"), "--trainer.callbacks=test_module.Die"]
+    folder = str(Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(killed, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    last = tmp_path / "fit" / "killed" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    main([*arguments("resumed"), f"--ckpt_path={last}"])
+    expected, found = scalars("whole", 4), scalars("resumed", 4)
+    assert [step for step, _ in found["train/loss"]][-1] == 7
+    assert len(found) > 80
+    assert found == expected
