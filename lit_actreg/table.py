@@ -101,10 +101,12 @@ def fill_table(
                 if column(label, bits) in row:
                     continue
                 model = load_decoder(path)
-                model.set_activations(with_activations(model.quant, bits))
-                if quantizer is not None:
-                    if not is_artifact(folder) or not row.get(f"artifact {label}"):
-                        model.set_activations(with_activations(model.quant, 4))
+                trained = model.quant
+                if quantizer is None:
+                    model.set_activations(with_activations(trained, bits))
+                else:
+                    if not row.get(f"artifact {label}") or not is_artifact(folder):
+                        model.set_activations(with_activations(trained, 4))
                         batches = data.calibration_batches(calibration_tokens, seed=0)
                         quantize_model(
                             model, quantizer, batches, folder, data.tokenizer_path, device=device, overwrite=True

@@ -1,0 +1,65 @@
+"""The table's numbers are those of its parts: own clips where a model has them, per token where not, artifacts as read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lit_actreg_plugins.rtn import RTN
+
+from lit_actreg.artifact import read_artifact
+from lit_actreg.checkpoint import load_decoder
+from lit_actreg.config import ModelConfig, QuantConfig
+from lit_actreg.data.datamodule import TextDataModule
+from lit_actreg.module import LitLanguageModel
+from lit_actreg.table import fill_table, perplexity, write_table
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TextDataModule:
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text(f"the {i}th fox jumps over {i * i} lazy dogs, " * 20)
+    data = TextDataModule(str(tmp_path), valid_share=0.2, vocab_size=300, context=16, batch_size=8, num_workers=0)
+    data.cache_dir = tmp_path / "cache"
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def checkpoint(path: Path, activations: str) -> Path:
+    torch.manual_seed(0)
+    module = LitLanguageModel(
+        ModelConfig(num_layers=2, width=32, num_heads=2, context=16, init_std=0.3),
+        QuantConfig(activations=activations),  # type: ignore[arg-type]
+        vocab_size=300,
+    )
+    module.configure_model()
+    for name, parameter in module.model.named_parameters():
+        if name.endswith("high"):
+            parameter.data.fill_(1.5)  # narrow enough to be told from every other grid
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}, path)
+    return path
+
+
+def test_columns_are_what_their_names_say(tmp_path, data):
+    paths = {name: checkpoint(tmp_path / f"{name}.ckpt", name) for name in ("static", "none")}
+    results = fill_table(paths, [RTN(bits=4)], data, tmp_path / "table", 256, CPU, lambda model: model)
+    for name, row in results.items():
+        model = load_decoder(paths[name])
+        for bits, activations in ((16, "none"), (4, "static" if name == "static" else "token")):
+            model.set_activations(QuantConfig(activations=activations))  # type: ignore[arg-type]
+            assert row[f"W16A{bits}"] == pytest.approx(perplexity(model, data.val_dataloader(), CPU), rel=1e-6)
+        artifact = read_artifact(tmp_path / "table" / f"{name}-w4-rtn")
+        assert artifact.quant.activations == activations
+        assert row["W4A4 RTN"] == pytest.approx(perplexity(artifact, data.val_dataloader(), CPU), rel=1e-6)
+        assert len({round(value, 6) for value in row.values()}) == 4, "columns that ought to differ are equal"
+    assert "W4A16 RTN" in write_table(results, tmp_path / "table")
+    assert (tmp_path / "table" / "table.png").stat().st_size > 0
+
+
+def test_what_is_known_is_not_computed_again(tmp_path, data, monkeypatch):
+    paths = {"a": checkpoint(tmp_path / "a.ckpt", "static")}
+    first = fill_table(paths, [RTN(bits=4)], data, tmp_path / "table", 256, CPU, lambda model: model)
+    monkeypatch.setattr("lit_actreg.table.perplexity", lambda *_: pytest.fail("computed again"))
+    assert fill_table(paths, [RTN(bits=4)], data, tmp_path / "table", 256, CPU, lambda model: model) == first
