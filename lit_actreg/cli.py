@@ -10,9 +10,11 @@ import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_actreg.callbacks.checkpoint import ResumeCheckpoint
@@ -26,6 +28,16 @@ from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.trainer import ActRegTrainer
 
+# What a user's input raises; anything else is our mistake and keeps its traceback
+MISTAKES = (
+    ArgumentError,
+    MisconfigurationException,
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+)
+
 
 class ActRegCLI(LightningCLI):
     """LightningCLI with our links, callbacks and subcommands."""
@@ -37,6 +49,10 @@ class ActRegCLI(LightningCLI):
             "quantize": {"model", "datamodule"},
             "table": {"model", "datamodule"},
         }
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Parsers raise what jsonargparse would print below two pages of usage; :func:`main` says it in one line."""
+        return super().init_parser(exit_on_error=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(OptimConfig, "optim")
@@ -86,6 +102,13 @@ def import_plugins() -> None:
         entry_point.load()
 
 
+def one_line(message: str) -> str:
+    """An error's message as one line, without jsonargparse's account of the other types that did not fit either."""
+    noise = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(noise))
+
+
 def main(args: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake is one line on stderr and exit status 2."""
     import_plugins()
@@ -100,8 +123,8 @@ def main(args: list[str] | None = None) -> None:
             parser_kwargs={"prog": "lit-actreg"},
             args=args,
         )
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+    except MISTAKES as error:
         if os.environ.get("LIT_ACTREG_TRACEBACK"):
             raise
-        print(f"lit-actreg: {error}", file=sys.stderr)
+        print(f"lit-actreg: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
