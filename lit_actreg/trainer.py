@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lit_actreg.artifact import is_artifact
 from lit_actreg.checkpoint import load_lightning_checkpoint
 from lit_actreg.compressed_tensors import WeightFormat
 from lit_actreg.contracts import Quantizer
 from lit_actreg.data.datamodule import TextDataModule
+from lit_actreg.module import LitLanguageModel
 from lit_actreg.quantize import quantize_model
 from lit_actreg.table import fill_table, write_table
 
@@ -45,6 +47,9 @@ class ActRegTrainer(Trainer):
             overwrite: Replace a quantized checkpoint that is already in the output folder.
             dry_run: Print layers, groups, memory and kernels, refuse what cannot work, and write nothing.
         """
+        assert isinstance(model, LitLanguageModel)
+        if model.init_from is not None and is_artifact(model.init_from):
+            raise ValueError(f"{model.init_from} is quantized already: name the .ckpt file that it was made from")
         model.configure_model()
         if ckpt_path is not None:
             model.load_state_dict(load_lightning_checkpoint(Path(ckpt_path))["state_dict"])
@@ -52,7 +57,7 @@ class ActRegTrainer(Trainer):
         datamodule.setup("quantize")
         with torch.no_grad():
             quantize_model(
-                model.model,  # type: ignore[arg-type]
+                model.model,
                 quantizer,
                 datamodule.calibration_batches(calibration_tokens, seed),  # type: ignore[attr-defined]
                 Path(output),

@@ -1,4 +1,4 @@
-"""The table's numbers are those of its parts: own clips where a model has them, per token where not, artifacts as read."""
+"""The numbers of the table are those of its parts: own clips where a model has them, per token where it has none."""
 
 from pathlib import Path
 
