@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -37,6 +38,14 @@ MISTAKES = (
     FileExistsError,
     PermissionError,
 )
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Keeps the configuration beside a fit's logs; other subcommands write only what they were asked for."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class ActRegCLI(LightningCLI):
@@ -85,6 +94,11 @@ class ActRegCLI(LightningCLI):
             return
         info = read_checkpoint_info(Path(path), Path(options.data.cache_dir))
         if subcommand == "fit" and options.get("ckpt_path"):
+            if info.folder is not None:
+                raise ValueError(
+                    f"{path} has no optimizer state to resume from: name a .ckpt file of a fit, or start from its "
+                    "weights with model.init_from"
+                )
             return  # a resumed fit is described by its own configuration
         options.model.shape = Namespace(as_plain(info.shape))
         options.model.vocab_size = options.data.vocab_size = info.vocab_size
@@ -117,6 +131,7 @@ def main(args: list[str] | None = None) -> None:
             LitLanguageModel,
             TextDataModule,
             trainer_class=ActRegTrainer,
+            save_config_callback=SaveFitConfig,
             seed_everything_default=1,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},

@@ -1,0 +1,183 @@
+"""The command line: help, overrides, and one line for every mistake, with nothing written.
+
+``main`` is called in this process; each test has a working directory of its own, which must stay empty but for the
+cache where a mistake shows only after data were read.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from small_fit import CONTEXT, VOCAB_SIZE, write_corpus
+
+from lit_actreg.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "quantize", "table")
+QUIET = "--trainer.accelerator=cpu --trainer.devices=1 --trainer.logger=false --trainer.enable_progress_bar=false"
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, Path]:
+    """A corpus, a checkpoint of two steps and its artifact."""
+    folder = tmp_path_factory.mktemp("made")
+    corpus = write_corpus(folder / "corpus")
+    data = f"--data.source={corpus} --data.cache_dir={folder}/cache --data.context={CONTEXT} --data.batch_size=4"
+    data += f" --data.valid_share=0.1 --data.num_workers=0 {QUIET}"
+    shape = "--model.shape='{num_layers: 1, width: 32, num_heads: 2}'"
+    schedule = "--trainer.max_steps=2 --trainer.limit_val_batches=1 --outliers.num_tokens=64"
+    main(
+        shlex.split(f"fit {data} --data.vocab_size={VOCAB_SIZE} {shape} {schedule} --trainer.default_root_dir={folder}")
+    )
+    checkpoint = next(folder.glob("**/last.ckpt"))
+    main(shlex.split(f"quantize {data} --quantizer=RTN --ckpt_path={checkpoint} --output={folder}/artifact"))
+    return {"corpus": corpus, "checkpoint": checkpoint, "artifact": folder / "artifact", "folder": folder}
+
+
+def mistake(capsys, command: str) -> str:
+    """The one line on stderr beside Lightning's and the tokenizer's progress."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(shlex.split(command))
+    assert exit.value.code == 2
+    progress = ("Seed set", "Generating", "Downloading", "holding documents out", "tokenizing")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith(progress)]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("lit-actreg: ")
+    return lines[0].removeprefix("lit-actreg: ")
+
+
+def written() -> list[Path]:
+    return [path for path in Path().rglob("*") if path.is_file() and "cache" not in path.parts]
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("", "subcommand"),
+        ("train", "invalid choice: 'train'"),
+        ("fit --bogus 1", "Unrecognized arguments: --bogus 1"),
+        ("fit --config missing.yaml", "File does not exist: .*missing.yaml"),
+        ("fit --trainer.devices 0", "devices"),
+        ("fit --data.batch_size many", 'Parser key "data.batch_size": Expected a <class .int.>. Got value: many'),
+        ("fit --data.context 0", r"data\.context 0 is too small: use 1 or more"),
+        ("fit --data.source missing.txt", "'missing.txt' does not exist: name a file"),
+        ("fit --model.shape.width 33", "width 33 does not split into 4 heads"),
+        ("fit --model.shape.style gpt", r'"model\.shape\.style": Expected .*neox.*Got value: gpt'),
+        ("fit --model.quant.activation_bits 9", "activation_bits 9 is out of range: choose 2 to 8"),
+        ("fit --model.quant.sites [qkv,head]", "Got value: head"),
+        ("fit --clips.bits '{0: 1}'", r"clips\.bits \[1\] are out of range"),
+        ("fit --kurtosis.weight -1", r"kurtosis\.weight -1\.0 is negative"),
+        ("fit --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
+        ("validate --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
+        ("quantize --output out", "quantizer. is required"),
+        ("quantize --output out --quantizer Magic", '"quantizer": .* Magic'),
+        ("quantize --output out --quantizer RTN --quantizer.speed 9", "Option 'speed' is not accepted"),
+        ("quantize --output out --quantizer RTN --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(command, line, capsys):
+    found = mistake(capsys, command)
+    assert re.search(line, found), found
+    assert not list(Path().iterdir())
+
+
+def test_an_unknown_key_in_a_file(capsys):
+    Path("fit.yaml").write_text("data: {sauce: sotu}\n")
+    assert "sauce" in mistake(capsys, "fit --config fit.yaml")
+    assert list(Path().iterdir()) == [Path("fit.yaml")]
+
+
+def test_a_corpus_shorter_than_a_block(tmp_path, capsys):
+    write_corpus(tmp_path / "corpus", 3, 5)
+    line = mistake(capsys, f"fit --data.source corpus --data.vocab_size 300 --data.context 4096 {QUIET}")
+    assert "is shorter than one block of 4097 tokens: give more text or a smaller data.context" in line
+    assert all(path.parts[0] == "corpus" for path in written())
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (
+            "quantize --quantizer RTN --quantizer.bits 9 --ckpt_path {checkpoint} --output out",
+            "weight bits 9 is out of",
+        ),
+        (
+            "quantize --quantizer RTN --quantizer.group_size 7 --ckpt_path {checkpoint} --output out",
+            "group_size 7 does",
+        ),
+        ("quantize --quantizer RTN --ckpt_path {corpus}/000.txt --output out", "is not a checkpoint of lit-actreg"),
+        ("quantize --quantizer RTN --ckpt_path {corpus} --output out", "config.json"),
+        ("quantize --quantizer RTN --ckpt_path {artifact} --output out", "is quantized already"),
+        ("quantize --quantizer RTN --ckpt_path {checkpoint} --output {artifact}", "already holds a quantized"),
+        ("quantize --quantizer RTN --ckpt_path {checkpoint} --output {corpus}", "is not a quantized checkpoint"),
+        ("validate --trainer.plugins W4A4Precision --ckpt_path {checkpoint}", "found no quantized linear"),
+        ("fit --ckpt_path {artifact}", "has no optimizer state to resume from"),
+        ("fit --model.init_from {corpus}", "config.json"),
+    ],
+)
+def test_a_wrong_path_is_one_line_and_writes_nothing(made, command, line, capsys):
+    before = {path: path.read_bytes() for path in made["folder"].rglob("*") if path.is_file()}
+    where = f"--data.source={made['corpus']} --data.cache_dir={made['folder']}/cache --data.valid_share=0.1"
+    where += f" --data.context={CONTEXT} --data.batch_size=4 --data.num_workers=0 {QUIET}"
+    found = mistake(capsys, f"{command.format(**made)} {where}")
+    assert line in found
+    assert not list(Path().iterdir())
+    assert {path: path.read_bytes() for path in made["folder"].rglob("*") if path.is_file()} == before
+
+
+def test_fit_quantize_validate_is_what_the_fixture_ran(made, capsys):
+    report = json.loads((made["artifact"] / "report.json").read_text())
+    assert [layer["bits"] for layer in report["layers"]] == [4] * 4
+    where = f"--data.source={made['corpus']} --data.cache_dir={made['folder']}/cache --data.valid_share=0.1"
+    main(shlex.split(f"validate --ckpt_path={made['artifact']} {where} --data.context={CONTEXT} {QUIET}"))
+    assert "val/perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+def test_help_names_the_options_and_what_they_mean(subcommand, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([subcommand, "--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    expected = [
+        "Tokens of a training sequence",
+        "Number of blocks",
+        "Share the embedding matrix with the LM head",
+        "Peak learning rate",
+        "in nats per unit of kurtosis",
+        "Optimizer steps at which the clips are set from the batch",
+    ]
+    own = {"quantize": "What turns weights into codes", "table": ".ckpt files by the name of their row"}
+    for words in [*expected, *([own[subcommand]] if subcommand in own else [])]:
+        assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ("--model.quant.activation_bits=5", "activation_bits", "5"),
+        ("--kurtosis.weight=0.5", "weight", "0.5"),
+        ("--clips.bits={0: 16, 7: 8}", "'7'", "8"),
+        ("--data.vocab_size=777", "vocab_size", "777"),
+        ("--model.activation_checkpointing=true", "activation_checkpointing", "true"),
+        ("--trainer.max_steps=12", "max_steps", "12"),
+    ],
+)
+def test_an_override_changes_what_it_names_and_no_more(option, key, value, capsys):
+    def printed(*options: str) -> list[str]:
+        with pytest.raises(SystemExit):
+            main(["fit", *options, "--print_config"])
+        return capsys.readouterr().out.splitlines()
+
+    plain, changed = printed("--model.quant.activations=static"), printed("--model.quant.activations=static", option)
+    new = [line.strip() for line in changed if line not in plain]
+    assert f"{key}: {value}" in new
+    assert len(new) <= 3  # a link, or a mapping where null was
