@@ -28,10 +28,10 @@ demo: .venv/installed  ## train, quantize and validate a small W4A4 model beside
 	  --trainer.logger.init_args.name tensorboard --trainer.logger.init_args.version plain $(PLAIN)
 	for method in RTN GPTQ; do \
 	  $(BIN)/lit-actreg quantize --config configs/quantize.yaml --quantizer $$method \
-	    --ckpt_path $(RUN)/tensorboard/actreg/checkpoints/last.ckpt --output $(RUN)/artifacts/$$method && \
+	    --ckpt_path $(RUN)/tensorboard/actreg/checkpoints/last.ckpt --output $(RUN)/artifacts/$$method --calibration_tokens 32768 && \
 	  $(BIN)/lit-actreg validate --config configs/validate_w4a4.yaml --ckpt_path $(RUN)/artifacts/$$method || exit 1; \
 	done
-	$(BIN)/lit-actreg table --config configs/table.yaml --output $(RUN)/table --checkpoints \
+	$(BIN)/lit-actreg table --config configs/table.yaml --calibration_tokens 32768 --output $(RUN)/table --checkpoints \
 	  '{actreg: $(RUN)/tensorboard/actreg/checkpoints/last.ckpt, plain: $(RUN)/tensorboard/plain/checkpoints/last.ckpt}'
 	@echo "W4A4 artifacts (Hugging Face checkpoints): $(RUN)/artifacts"
 	@echo "Training curves: $(BIN)/tensorboard --logdir $(RUN)/tensorboard"
@@ -42,7 +42,7 @@ demo-seeds: .venv/installed  ## the demo's models over three seeds, in one table
 	    --trainer.logger.init_args.save_dir $(RUN) --trainer.logger.init_args.name tensorboard \
 	    --trainer.logger.init_args.version $$kind-$$seed $$([ $$kind = plain ] && echo "$(PLAIN)") || exit 1; \
 	done; done
-	$(BIN)/lit-actreg table --config configs/table.yaml --output $(RUN)/table --checkpoints \
+	$(BIN)/lit-actreg table --config configs/table.yaml --calibration_tokens 32768 --output $(RUN)/table --checkpoints \
 	  "{$(foreach s,$(SEEDS),actreg-$(s): $(RUN)/tensorboard/actreg-$(s)/checkpoints/last.ckpt, plain-$(s): $(RUN)/tensorboard/plain-$(s)/checkpoints/last.ckpt$(if $(filter-out $(lastword $(SEEDS)),$(s)),$(comma)))}"
 
 comma := ,
