@@ -1,7 +1,8 @@
 """What a path given as a checkpoint is, and what it says of the model and its tokenizer.
 
 Three kinds are understood: a Lightning checkpoint (.ckpt), a folder that `quantize` wrote, and an unquantized Hugging
-Face folder. A Lightning checkpoint carries its tokenizer, so that it can be used on any text and on any machine.
+Face folder. A Lightning checkpoint carries its tokenizer, so that it can be used on any text and on any machine. It is
+one file, or, as ModelParallelStrategy writes it, a folder to which every rank has written its shards.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint import load as load_shards
 
 from lit_actreg.artifact import is_artifact
 from lit_actreg.compressed_tensors import read_quantization_config
@@ -30,7 +33,7 @@ class CheckpointInfo:
         quant: How its inputs are quantized; None where it does not say (an unquantized Hugging Face folder).
         vocab_size: Rows of its embedding.
         tokenizer: Its tokenizer.json, if it has one.
-        folder: The Hugging Face folder; None for a Lightning checkpoint.
+        folder: A folder that the module reads its weights from by itself; None for a .ckpt file, which Lightning reads.
     """
 
     shape: ModelConfig
@@ -40,10 +43,33 @@ class CheckpointInfo:
     folder: Path | None
 
 
+def is_sharded(path: Path) -> bool:
+    """Whether ``path`` is a Lightning checkpoint in shards."""
+    return (path / "meta.pt").is_file()
+
+
+def read_shards(path: Path) -> dict[str, Any]:
+    """A sharded checkpoint's plain values, and its weights put together; optimizer states stay where they are.
+
+    PyTorch keeps the index of shards as a pickle: like any, it could run code.
+    """
+    reader = FileSystemReader(path)
+    prefix = "state_dict."
+    weights = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
+    }
+    load_shards(weights, storage_reader=reader, no_dist=True)
+    checkpoint = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+    return checkpoint | {"state_dict": {name.removeprefix(prefix): tensor for name, tensor in weights.items()}}
+
+
 def load_lightning_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a .ckpt file, memory-mapped on the CPU, loaded without running any code from it."""
+    """The dict in a .ckpt, on the CPU; a file is memory-mapped and loaded without running any code from it."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        sharded = is_sharded(path)
+        checkpoint = read_shards(path) if sharded else torch.load(path, "cpu", weights_only=True, mmap=True)
         if "state_dict" in checkpoint and {"shape", "quant", "vocab_size"} <= set(checkpoint["hyper_parameters"]):
             return checkpoint
     except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, KeyError, EOFError):
@@ -52,7 +78,7 @@ def load_lightning_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_decoder(path: Path) -> Decoder:
-    """The decoder of a .ckpt file, in float32 on the CPU."""
+    """The decoder of a .ckpt, in float32 on the CPU."""
     checkpoint = load_lightning_checkpoint(path)
     saved = checkpoint["hyper_parameters"]
     model = Decoder(ModelConfig(**saved["shape"]), QuantConfig(**saved["quant"]), saved["vocab_size"])
@@ -71,7 +97,7 @@ def read_checkpoint_info(path: Path, cache_dir: Path) -> CheckpointInfo:
     """
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist: name a .ckpt file or a checkpoint folder")
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         config = read_config(path)
         shape, vocab_size = model_config(config, path)
         quant = None
@@ -89,5 +115,9 @@ def read_checkpoint_info(path: Path, cache_dir: Path) -> CheckpointInfo:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer_path.write_text(text)
     return CheckpointInfo(
-        ModelConfig(**saved["shape"]), QuantConfig(**saved["quant"]), saved["vocab_size"], tokenizer_path, None
+        ModelConfig(**saved["shape"]),
+        QuantConfig(**saved["quant"]),
+        saved["vocab_size"],
+        tokenizer_path,
+        path if is_sharded(path) else None,
     )

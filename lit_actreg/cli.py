@@ -22,7 +22,7 @@ from lit_actreg.callbacks.checkpoint import ResumeCheckpoint
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.kurtosis import KurtosisRegularization
 from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
-from lit_actreg.checkpoint import read_checkpoint_info
+from lit_actreg.checkpoint import is_sharded, read_checkpoint_info
 from lit_actreg.config import OptimConfig, as_plain
 from lit_actreg.contracts import ENTRY_POINT_GROUP
 from lit_actreg.data.datamodule import TextDataModule
@@ -94,7 +94,7 @@ class ActRegCLI(LightningCLI):
             return
         info = read_checkpoint_info(Path(path), Path(options.data.cache_dir))
         if subcommand == "fit" and options.get("ckpt_path"):
-            if info.folder is not None:
+            if info.folder is not None and not is_sharded(info.folder):
                 raise ValueError(
                     f"{path} has no optimizer state to resume from: name a .ckpt file of a fit, or start from its "
                     "weights with model.init_from"

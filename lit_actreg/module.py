@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_actreg.artifact import is_artifact, read_artifact
-from lit_actreg.checkpoint import TOKENIZER_KEY
+from lit_actreg.checkpoint import TOKENIZER_KEY, is_sharded, load_lightning_checkpoint
 from lit_actreg.config import ModelConfig, OptimConfig, QuantConfig, as_plain
 from lit_actreg.contracts import LossTerm
 from lit_actreg.data.packed import IGNORE
@@ -43,8 +43,8 @@ class LitLanguageModel(LightningModule):
             everywhere else.
         optim: Optimizer and learning-rate schedule.
         vocab_size: Rows of the embedding; the command line sets it from the data.
-        init_from: Folder whose weights and shape are used instead of new ones: one that `quantize` wrote, or an
-            unquantized Hugging Face checkpoint of GPT-NeoX or Llama.
+        init_from: Checkpoint whose weights and shape are used instead of new ones: a .ckpt of a fit (clips included), a
+            folder that `quantize` wrote, or an unquantized Hugging Face checkpoint of GPT-NeoX or Llama.
         activation_checkpointing: Recompute every block in the backward pass: less memory, up to a third more time.
         compile: Compile every block (and the loss) with torch.compile.
         new_tokens: Tokens that `predict` generates after each prompt.
@@ -90,7 +90,9 @@ class LitLanguageModel(LightningModule):
                 self.model = read_artifact(self.init_from)
         else:
             self.model = Decoder(self.shape, self.quant, self.vocab_size)
-            if self.init_from:
+            if self.init_from and (self.init_from.is_file() or is_sharded(self.init_from)):
+                self.load_state_dict(load_lightning_checkpoint(self.init_from)["state_dict"])
+            elif self.init_from:
                 *_, state = load_huggingface(self.init_from)
                 missing = self.model.load_state_dict(state, strict=False).missing_keys
                 assert all("input_quantizer" in name for name in missing), missing
