@@ -130,8 +130,10 @@ def test_a_checkpoint_is_of_plain_types_and_brings_its_tokenizer(corpus, tmp_pat
     assert set(checkpoint["hyper_parameters"]) == {"shape", "quant", "vocab_size"}
     read = type(module).load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert (read.shape, read.quant, read.vocab_size) == (module.shape, module.quant, module.vocab_size)
+    started = configured(init_from=tmp_path / "x.ckpt")
     for name, p in module.model.named_parameters():
         assert torch.equal(read.model.get_parameter(name), p)
+        assert torch.equal(started.model.get_parameter(name), p)
 
 
 class Die(Callback):

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,11 +25,12 @@ from small_models import text_ids
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.kurtosis import KurtosisRegularization
 from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
+from lit_actreg.checkpoint import read_shards
 from lit_actreg.config import ModelConfig, QuantConfig
 from lit_actreg.contracts import LossTerm
 from lit_actreg.model import Decoder
 from lit_actreg.module import next_token_loss
-from lit_actreg.parallel import checkpoint_blocks, compile_blocks, whole
+from lit_actreg.parallel import checkpoint_blocks, compile_blocks, shard, whole
 from lit_actreg.quant.statistics import token_kurtosis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,14 +109,23 @@ class LopsidedClips(Callback):
 
     @torch.no_grad()
     def on_train_start(self, trainer, pl_module):
-        for name, parameter in pl_module.model.named_parameters():
+        for name, parameter in pl_module.model.named_parameters() if trainer.global_step == 0 else ():
             if name.endswith("quantizer.high"):
                 parameter.fill_(2.3)
             elif name.endswith("quantizer.low") and parameter.requires_grad:
                 parameter.fill_(-1.7)
 
 
-def fit(corpus: Path, variant: str, steps: int = 20, calibrated: bool = False, model=None, **options) -> dict:
+def fit(
+    corpus: Path,
+    variant: str,
+    steps: int = 20,
+    calibrated: bool = False,
+    model: dict[str, Any] | None = None,
+    resume_from: Path | None = None,
+    save_to: Path | None = None,
+    **options: Any,
+) -> dict:
     """A whole fit in float64, 8 sequences a step over however many ranks and accumulated batches; plain values."""
     activations, weight = VARIANTS[variant]
     num_ranks = options.get("devices", 1)
@@ -128,13 +139,15 @@ def fit(corpus: Path, variant: str, steps: int = 20, calibrated: bool = False, m
     torch.set_default_dtype(torch.float64)
     try:
         module = lit_module(QuantConfig(activations=activations), **(model or {}))
-        engine.fit(module, datamodule=data)
+        engine.fit(module, datamodule=data, ckpt_path=resume_from)
     finally:
         torch.set_default_dtype(torch.float32)
+    if save_to:
+        engine.save_checkpoint(save_to)
     # each rank's loss is the mean over its part of the batch
     values = engine.strategy.reduce(torch.tensor(losses.values, dtype=torch.float64), reduce_op="mean")
     return {
-        "losses": values.view(steps, -1).mean(1).tolist(),
+        "losses": values.view(-1, options.get("accumulate_grad_batches", 1)).mean(1).tolist(),
         "parameters": {name: whole(p.detach()).flatten().tolist() for name, p in module.model.named_parameters()},
         "monitor": monitor.state_dict(),
         "clip": list(engine.logger.of("clips_high_qkv/01").values()),
@@ -211,6 +224,20 @@ def test_two_processes_calibrate_alike(distributed, references):
     assert abs(distributed["ddp calibrated"]["clip"][0] - references["QAT"]["clip"][0]) > 0.01
 
 
+def test_shards_are_resumed_from_and_put_together(corpus, distributed, references):
+    expected, saved = references["QAT + kurtosis"], read_shards(corpus.parent / "shards.ckpt")["state_dict"]
+    torch.testing.assert_close(distributed["fsdp2 resumed"]["losses"], expected["losses"][10:], rtol=0, atol=1e-8)
+    for name, values in fit(corpus, "QAT + kurtosis", steps=10)["parameters"].items():
+        torch.testing.assert_close(saved[f"model.{name}"].flatten().tolist(), values, rtol=0, atol=1e-7)
+    assert {"model." + name for name in expected["parameters"]} | {"model.head.weight"} == saved.keys()
+
+
+def test_a_mesh_that_is_not_data_parallel_alone_is_refused():
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    with pytest.raises(ValueError, match="has tensor_parallel_size 2, but only data is parallel here: set it to 1"):
+        shard(decoder("neox"), mesh)
+
+
 @pytest.mark.slow
 def test_two_processes_with_the_whole_recipe_compiled(corpus, references):
     found = two_processes(corpus, "compiled")
@@ -235,6 +262,10 @@ def main(corpus: Path, cases: str, output: Path) -> None:
         results |= {f"{name} {variant}": both(variant) for variant in VARIANTS}
         results[f"{name} recipe"] = both("QAT + kurtosis", model=RECIPE, accumulate_grad_batches=2)
         results[f"{name} calibrated"] = both("QAT", calibrated=True)
+        if name == "fsdp2":
+            shards = output.with_name("shards.ckpt")
+            both("QAT + kurtosis", steps=10, save_to=shards)
+            results[f"{name} resumed"] = both("QAT + kurtosis", resume_from=shards)
     if torch.distributed.get_rank() == 0:
         output.write_text(json.dumps(results))
 
