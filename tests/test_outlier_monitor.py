@@ -107,9 +107,9 @@ def test_snapshots_at_their_steps_and_pictures_at_theirs(planted):
     assert monitor.shares[0][1] == [0.0, 0.0, pytest.approx(1 / 32), 0.0]
 
 
-def fit(corpus, callbacks, module=None, steps=6, resume_from=None):
+def fit(corpus, callbacks, module=None, steps=6, resume_from=None, **options):
     losses = Losses()
-    engine = trainer([*callbacks, losses], steps)
+    engine = trainer([*callbacks, losses], steps, **options)
     engine.fit(module or lit_module(), datamodule=datamodule(corpus), ckpt_path=resume_from)
     return engine, losses.values
 
@@ -117,6 +117,13 @@ def fit(corpus, callbacks, module=None, steps=6, resume_from=None):
 def test_training_is_the_same_with_and_without_it(corpus):
     watched = fit(corpus, [OutlierMonitor(every_n_steps=1, num_tokens=64)])[1]
     assert watched == fit(corpus, [OutlierMonitor(every_n_steps=0)])[1]
+
+
+def test_one_snapshot_a_step_however_many_batches_it_accumulates(corpus):
+    monitor = OutlierMonitor(every_n_steps=2, num_tokens=64)
+    engine, _ = fit(corpus, [monitor], accumulate_grad_batches=3)
+    assert monitor.steps == [0, 2, 4, 6]
+    assert len([step for step, found in engine.logger.metrics if "outliers_qkv/share_00" in found]) == 4
 
 
 def test_snapshots_and_calibration_compile_nothing(corpus):
