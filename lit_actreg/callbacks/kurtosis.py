@@ -6,8 +6,8 @@ with moments over the features of each token's output y, before anything is adde
 minimized outright. Normalization: mean over tokens, sum over linears; the paper leaves both open, so its λ = 1e-5 is
 not comparable as it stands. A Gaussian has κ = 3: N regularized linears start near 3 · N · λ nats.
 
-Without QAT the model may then do what it likes; with QAT and without this, it moves the difficulty of outlier
-channels from its activations into its weights (docs/study.md).
+Its purpose is QAT's side effect: without it, the paper finds, the difficulty of outlier channels moves from the
+activations into the weights.
 """
 
 from lightning.pytorch import Callback, LightningModule, Trainer
