@@ -52,7 +52,7 @@ class SeenKurtosis(Callback):
                 getattr(block, site).register_forward_hook(functools.partial(self.see, (layer, site)))
 
     def see(self, key, module, args, output):
-        self.found.setdefault(key, token_kurtosis(output).item())
+        self.found.setdefault(key, token_kurtosis(output[:, 2::4]).item())  # one token in four, as by default
 
 
 def test_loss_and_log_are_cross_entropy_and_lambda_times_the_sum(corpus):

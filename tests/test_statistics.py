@@ -33,6 +33,11 @@ def test_token_kurtosis_is_the_mean_over_tokens():
     assert token_kurtosis(torch.cat([y, y])).item() == pytest.approx(sum(expected) / 6, rel=1e-10)
 
 
+def test_token_kurtosis_of_one_token_in_so_many():
+    y = values(3, 8, 17)
+    assert token_kurtosis(y, 4).item() == pytest.approx(token_kurtosis(y[:, [2, 6]]).item(), rel=1e-12)
+
+
 def test_token_kurtosis_of_known_distributions():
     assert token_kurtosis(torch.randn(64, 4096)).item() == pytest.approx(3.0, abs=0.05)
     assert token_kurtosis(torch.tensor([[1.0, -1.0, 1.0, -1.0]])).item() == pytest.approx(1.0)
@@ -49,6 +54,7 @@ def test_token_kurtosis_does_not_depend_on_the_scale(scale):
 
 def test_token_kurtosis_has_the_gradient_of_its_formula():
     assert torch.autograd.gradcheck(token_kurtosis, values(3, 7).requires_grad_())
+    assert torch.autograd.gradcheck(lambda y: token_kurtosis(y, 2), values(2, 4, 7).requires_grad_())
     constant = torch.ones(2, 5, requires_grad=True)
     token_kurtosis(constant).backward()
     assert constant.grad.isfinite().all()

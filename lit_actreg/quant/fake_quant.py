@@ -2,31 +2,68 @@
 
 Forward: the grid of :mod:`lit_actreg_kernels.grid` that spans the clips [c⁻, c⁺], x̂ = (q − z) · s.
 
-Backward, straight-through with the rounding residual. With u = x / s + z, e⁻ and e⁺ the values of the grid's end
-codes (the clips themselves with a real zero point; z is straight-through), g the gradient of x̂ and
-δ = (u − round u) / (2^b − 1):
+Backward, straight-through with the rounding residual. With u = x / s + z, q_min and q_max the end codes, g the gradient
+of x̂ and δ = (u − round u) / (2^b − 1):
 
-    x ≥ e⁺          dx = 0        dc⁺ += g
-    x ≤ e⁻          dx = 0        dc⁻ += g
+    u ≥ q_max       dx = 0        dc⁺ += g
+    u ≤ q_min       dx = 0        dc⁻ += g
     between         dx = g        dc⁺ −= δ g      dc⁻ += δ g
 
-There is no custom backward: x̂ is written as clip(x) + s · (round u − u), the second factor a constant, and
-differentiating that gives the table. So it stays right, and fuses with its neighbours, under torch.compile, where a
-custom ``autograd.Function`` lost every gradient on torch 2.11 (pytorch#180642; docs/qat-stability.md tells the tale).
+An integer zero point is straight-through: the ends of its grid follow the clips one to one. Clip gradients are summed
+row by row first: that is the shape in which the backward passes of the norm and the activation function before a site
+run over the same tensor, so torch.compile makes one kernel of both.
+
+One trap (pytorch#180642, torch 2.11): compiled, a custom function whose result is the alias that a no-op ``.to(dtype)``
+returns gets another output's gradient. Hence the copy in ``forward``; docs/qat-stability.md tells what it cost.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lit_actreg_kernels.grid import code_range, grid_from_clips, grid_per_token
 from torch import Tensor
 
-Outside = Literal["masked", "passed"]
+Outside = Literal["masked", "passed", "inward"]
 
 
 def _widen(x: Tensor) -> Tensor:
     """float16 and bfloat16 as float32: rounding, and the sums of the clip gradients, need the bits."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """The table of the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, low: Tensor, high: Tensor, bits: int, integer: bool, outside: Outside, rounds: bool
+    ) -> Tensor:
+        q_min, q_max = code_range(bits)
+        scale, zero_point = grid_from_clips(low, high, bits, integer)
+        u = (_widen(x) / scale + zero_point).clamp(q_min, q_max)
+        x_hat = ((u.round() if rounds else u) - zero_point) * scale
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.bits, ctx.outside, ctx.rounds = bits, outside, rounds
+        return x_hat.to(x.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        q_min, q_max = code_range(ctx.bits)
+        g, u = _widen(grad), _widen(x) / scale + zero_point
+        above, below = u >= q_max, u <= q_min
+        delta = (
+            torch.where(above | below, 0.0, (u - u.round()) / (q_max - q_min)) if ctx.rounds else torch.zeros_like(u)
+        )
+        if ctx.outside == "masked":
+            dx = torch.where(above | below, 0.0, g)
+        elif ctx.outside == "inward":
+            dx = torch.where((above & (g < 0)) | (below & (g > 0)), 0.0, g)
+        else:
+            dx = g
+        d_low = (torch.where(below, g, 0.0) + delta * g).sum(-1).sum().reshape(1)
+        d_high = (torch.where(above, g, 0.0) - delta * g).sum(-1).sum().reshape(1)
+        return dx.to(x.dtype), d_low, d_high, None, None, None, None
 
 
 def fake_quantize(
@@ -41,27 +78,11 @@ def fake_quantize(
     """x̂ of x [...] on the grid that spans the clips ``low`` and ``high`` [1], in the dtype of x.
 
     Args:
-        outside: Gradient of an x outside its clips: "masked", none, as published; "passed", g.
+        outside: Gradient of an x outside its clips: "masked", none, as published; "passed", g; "inward", g where a
+            step along −g would bring x back.
         rounds: False clamps to the grid's ends without rounding: the paper's activation clamping.
     """
-    q_min, q_max = code_range(bits)
-    wide = _widen(x)
-    with torch.no_grad():
-        scale, zero_point = grid_from_clips(low, high, bits, integer_zero_point)
-    # The values of the end codes; each follows its clip one to one.
-    low_end = (q_min - zero_point) * scale + (low - low.detach())
-    high_end = (q_max - zero_point) * scale + (high - high.detach())
-    through = wide - wide.detach() if outside == "passed" else 0.0
-    clipped = torch.where(wide >= high_end, high_end + through, torch.where(wide <= low_end, low_end + through, wide))
-    if not rounds:
-        return clipped.to(x.dtype)
-    with torch.no_grad():
-        u = (wide / scale + zero_point).clamp(q_min, q_max)
-        residual = u.round() - u
-        on_grid = (u.round() - zero_point) * scale
-    step = (high - high.detach() - low + low.detach()) / (q_max - q_min)  # zero, with the gradient of the scale
-    # In value this is x̂ to the last bit (exactly as kernels and formats compute it); in gradient clip(x) + s·residual.
-    return (on_grid + (clipped - clipped.detach()) + step * residual).to(x.dtype)
+    return _FakeQuantize.apply(x, low, high, bits, integer_zero_point, outside, rounds)  # type: ignore[no-any-return]
 
 
 def fake_quantize_per_token(x: Tensor, bits: int = 4) -> Tensor:
