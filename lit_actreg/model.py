@@ -9,6 +9,8 @@ Shapes: B sequences, T tokens, D width, H heads, K/V heads G, head width E, voca
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+class LayerCache(NamedTuple):
+    """One block's memory of the tokens read so far, in tensors of fixed shapes (:mod:`lit_actreg.generate`).
+
+    Attributes:
+        keys: [B, G, C, E], rotated; written in place.
+        values: [B, G, C, E].
+        positions: Where the tokens now read stand, int64 [T].
+        visible: Which entries each of them sees, bool [T, C]; None if they are the first and see one another.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    visible: Tensor | None
+
+    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stores k and v [B, G, T, E]; returns keys and values to attend to, and their mask (None: causal)."""
+        self.keys.index_copy_(2, self.positions, k)
+        self.values.index_copy_(2, self.positions, v)
+        return (k, v, None) if self.visible is None else (self.keys, self.values, self.visible)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)): [B, T, D] → ([B, T, D], statistics [S])."""
 
@@ -51,14 +75,16 @@ class Block(nn.Module):
         self.mlp_in = QuantLinear(width, hidden if bias else 2 * hidden, bias, "mlp_in", quant)
         self.mlp_proj = QuantLinear(hidden, width, bias, "mlp_proj", quant, GELU_MINIMUM if bias else None)
 
-    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Causal attention: [B, T, (H + 2G)·E] → [B, T, D]."""
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Causal attention: [B, T, (H + 2G)·E] → [B, T, D]; with a cache, also to the tokens in it."""
         c = self.config
         num_batch, num_tokens, _ = qkv.shape
         heads = qkv.view(num_batch, num_tokens, c.num_heads + 2 * c.kv_heads, c.head_width).transpose(1, 2)
         q, k, v = heads.split([c.num_heads, c.kv_heads, c.kv_heads], dim=1)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.kv_heads != c.num_heads)
+        k, v, mask = (k, v, None) if cache is None else cache.write(k, v)
+        grouped = c.kv_heads != c.num_heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return y.transpose(1, 2).reshape(num_batch, num_tokens, c.width)
 
     def activate(self, hidden: Tensor) -> Tensor:
@@ -68,9 +94,11 @@ class Block(nn.Module):
         gate, up = hidden.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         outputs = {"qkv": self.qkv(self.norm_1(x_BTD))}
-        outputs["attn_proj"] = self.attn_proj(self.attend(outputs["qkv"], cos, sin))
+        outputs["attn_proj"] = self.attn_proj(self.attend(outputs["qkv"], cos, sin, cache))
         x_BTD = x_BTD + outputs["attn_proj"]
         outputs["mlp_in"] = self.mlp_in(self.norm_2(x_BTD))
         outputs["mlp_proj"] = self.mlp_proj(self.activate(outputs["mlp_in"]))
@@ -125,12 +153,21 @@ class Decoder(nn.Module):
         cos, sin = rotary_angles(ids.shape[1], self.config.head_width, self.config.rope_theta, ids.device)
         return self.embedding(ids), cos, sin
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, T, D] after the final norm, and the blocks' statistics [L, S] (float32)."""
-        x, cos, sin = self.embed(ids)
+    def forward(
+        self,
+        ids: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, T, D] after the final norm, and the blocks' statistics [L, S] (float32).
+
+        For generation, ``caches`` hold what each block has read before, and ``rotary`` the cos and sin [T, E] of where
+        the ids stand.
+        """
+        x, cos, sin = self.embed(ids) if rotary is None else (self.embedding(ids), *rotary)
         statistics = []
-        for block in self.blocks:
-            x, block_statistics = block(x, cos, sin)
+        for i, block in enumerate(self.blocks):
+            x, block_statistics = block(x, cos, sin) if caches is None else block(x, cos, sin, caches[i])
             statistics.append(block_statistics)
         return self.norm(x), torch.stack(statistics)
 
