@@ -9,8 +9,9 @@ causal, so every block keeps them (:class:`lit_actreg.model.LayerCache`) and a s
 **Static shapes.** A step is a sequence of hundreds of small kernels, and launching them one by one takes longer than
 running them. A CUDA graph records the sequence once and replays it with one call, provided that nothing in it depends
 on the host: not a shape, not an address, not a decision. So the cache has its full length from the beginning, the
-position is a tensor on the device that the step itself advances, entries after p are hidden by a mask, and the token
-is drawn on the device and written where the next step reads it. On a CPU, and for weights sharded over several
+position is a tensor on the device that the step itself advances, attention stops at the entry that it names
+(:mod:`lit_actreg_kernels.decode_attention`), and the token is drawn on the device and written where the next step reads
+it. On a CPU, and for weights sharded over several
 processes, the same step runs eagerly.
 
 **Sampling.** With temperature t > 0 token v has the probability p_v = softmax(logits / t)_v. argmax_v p_v / e_v with
@@ -72,25 +73,25 @@ class Continuation:
         assert length <= c.context, (length, c.context)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.embedding.weight.dtype
-        # Zeros, not empty: a hidden entry has weight 0, but 0 · NaN would not vanish.
-        shape = (2, num_batch, c.kv_heads, length, c.head_width)
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in model.blocks]
+        # Zeros: what reads a whole cache and hides the rest gives it the weight 0, and 0 · NaN would not vanish.
+        shape = (num_batch, c.kv_heads, length, c.head_width)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in model.blocks]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.cos, self.sin = rotary_angles(length, c.head_width, c.rope_theta, device)
-        self.places = torch.arange(length, device=device)
         self.tokens = torch.cat([window_BW, window_BW.new_zeros(num_batch, num_new)], dim=1)
-        self.position = self.places.new_tensor([num_read])  # of the token that the next step reads
-        self.tokens[:, num_read] = self._next(window_BW, self.places[:num_read], None)
+        places = torch.arange(length, device=device)
+        self.tokens[:, num_read] = self._next(window_BW, places[:num_read])
+        self.position = places.new_tensor([num_read])  # of the token that the next step reads
 
-    def _next(self, ids_BT: Tensor, positions_T: Tensor, visible_TC: Tensor | None) -> Tensor:
+    def _next(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:
         """Reads the tokens at these positions and returns the one after them, int64 [B]."""
-        caches = [LayerCache(keys, values, positions_T, visible_TC) for keys, values in self.layers]
+        caches = [LayerCache(*layer, positions_T[:1]) for layer in zip(self.keys, self.values, strict=True)]
         hidden, _ = self.model(ids_BT, (self.cos[positions_T], self.sin[positions_T]), caches)
         return sample(self.model.logits(hidden[:, -1]), self.temperature)
 
     def step(self) -> None:
         """Reads one token and writes the next: the same kernels on the same addresses every time."""
-        visible_1C = self.places <= self.position[:, None]
-        token_B = self._next(self.tokens.index_select(1, self.position), self.position, visible_1C)
+        token_B = self._next(self.tokens.index_select(1, self.position), self.position)
         self.position += 1
         self.tokens.index_copy_(1, self.position, token_B[:, None])
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lit_actreg_kernels import ops
 from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
@@ -36,25 +37,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LayerCache(NamedTuple):
-    """One block's memory of the tokens read so far, in tensors of fixed shapes (:mod:`lit_actreg.generate`).
+    """What one block remembers of the tokens read so far, for generation (:mod:`lit_actreg.generate`).
+
+    It is read and written for the first tokens of a text, all at once, and then for one more at a time.
 
     Attributes:
-        keys: [B, G, C, E], rotated; written in place.
+        keys: Rotated, [B, G, C, E]; written in place.
         values: [B, G, C, E].
-        positions: Where the tokens now read stand, int64 [T].
-        visible: Which entries each of them sees, bool [T, C]; None if they are the first and see one another.
+        position: Where a single token that is read stands, int64 [1].
     """
 
     keys: Tensor
     values: Tensor
-    positions: Tensor
-    visible: Tensor | None
-
-    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores k and v [B, G, T, E]; returns keys and values to attend to, and their mask (None: causal)."""
-        self.keys.index_copy_(2, self.positions, k)
-        self.values.index_copy_(2, self.positions, v)
-        return (k, v, None) if self.visible is None else (self.keys, self.values, self.visible)
+    position: Tensor
 
 
 class Block(nn.Module):
@@ -79,12 +74,14 @@ class Block(nn.Module):
         """Causal attention: [B, T, (H + 2G)·E] → [B, T, D]; with a cache, also to the tokens in it."""
         c = self.config
         num_batch, num_tokens, _ = qkv.shape
+        if cache is not None and num_tokens == 1:
+            return ops.decode_attention(qkv[:, 0], cos, sin, *cache)[:, None]
         heads = qkv.view(num_batch, num_tokens, c.num_heads + 2 * c.kv_heads, c.head_width).transpose(1, 2)
         q, k, v = heads.split([c.num_heads, c.kv_heads, c.kv_heads], dim=1)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        k, v, mask = (k, v, None) if cache is None else cache.write(k, v)
-        grouped = c.kv_heads != c.num_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        if cache is not None:
+            cache.keys[:, :, :num_tokens], cache.values[:, :, :num_tokens] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.kv_heads != c.num_heads)
         return y.transpose(1, 2).reshape(num_batch, num_tokens, c.width)
 
     def activate(self, hidden: Tensor) -> Tensor:

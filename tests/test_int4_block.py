@@ -10,6 +10,7 @@ from lit_actreg_kernels.module import Int4Linear
 from lit_actreg_plugins.int4_block import Int4Block
 from lit_actreg_plugins.rtn import RTN
 from lit_actreg_plugins.w4a4_precision import W4A4Precision
+from quantizer_checks import DEVICE
 from small_models import small_decoder, text_ids
 
 from lit_actreg.artifact import read_artifact
@@ -86,14 +87,18 @@ def test_perplexity_is_the_fake_quantized_models(folder):
 
 
 def test_triton_gives_the_references_logits(folder, monkeypatch):
+    """In the interpreter without a GPU, compiled with one."""
     model, ids = served(folder), text_ids(2, 5)
-    expected, decoded = model.logits(model(ids)[0]), generate(model, ids, 2)
-    monkeypatch.setattr(ops, "_implementation", lambda x, name: importlib.import_module(f"lit_actreg_kernels.{name}"))
-    found = model.logits(model(ids)[0])
+    expected, decoded = model.logits(model(ids)[0]), generate(model, ids, 3)
+    if not torch.cuda.is_available():
+        module_of = lambda x, name: importlib.import_module(f"lit_actreg_kernels.{name}")  # noqa: E731
+        monkeypatch.setattr(ops, "_implementation", module_of)
+    model, ids = model.to(DEVICE), ids.to(DEVICE)
+    found = model.logits(model(ids)[0]).cpu()
     # The same integers; epilogues and norms differ in last bits, and a code that flips moves all of its token's logits.
     close = ((found - expected).abs() < 1e-4 * expected.abs().max()).all(-1)
     assert close.float().mean() >= 0.9
-    assert torch.equal(generate(model, ids, 2), decoded)
+    assert torch.equal(generate(model, ids, 3).cpu(), decoded)
 
 
 def test_bfloat16_goes_through(folder):
