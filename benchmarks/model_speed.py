@@ -242,7 +242,8 @@ def profile(candidate: Candidate) -> None:
         for _ in range(calls):
             candidate.call()
         torch.cuda.synchronize()
-    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    events = [event for event in found.key_averages() if event.self_device_time_total]
+    events.sort(key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events) / calls
     print(f"{candidate.name}: {total:.0f} µs in {sum(e.count for e in events) / calls:.0f} kernels a call")
     for event in events[:14]:
@@ -278,7 +279,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cases", nargs="+", choices=list(BARS), default=list(BARS))
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], help="default: both; on a CPU eager")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print each candidate's kernels (GPU)")
     parser.add_argument("--out", type=Path, help="CSV file for the table")
     arguments = parser.parse_args()
