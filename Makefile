@@ -57,10 +57,12 @@ test-slow: .venv/installed-dev  ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
 test-gpu:  ## kernel tests and those that need a GPU, in the environment at hand
-	$(PYTHON) -m pytest tests/test_act_quant.py tests/test_norm_quant.py tests/test_gelu_quant.py tests/test_int4_linear.py tests/test_ops.py tests/test_fake_quant.py
+	$(PYTHON) -m pytest tests/test_act_quant.py tests/test_norm_quant.py tests/test_gelu_quant.py tests/test_int4_linear.py tests/test_ops.py tests/test_fake_quant.py \
+	  tests/test_decode_attention.py tests/test_int4_block.py tests/test_generate.py
 
-bench:  ## the W4A4 linear against bf16 on this GPU, in the environment at hand
+bench:  ## the W4A4 linear and a 1 B W4A4 model against bf16 on this GPU, in the environment at hand
 	$(PYTHON) benchmarks/int4_linear.py
+	$(PYTHON) benchmarks/model_speed.py --size 1b
 
 lint: .venv/installed-dev  ## format and check
 	$(BIN)/ruff format .

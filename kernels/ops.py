@@ -261,3 +261,36 @@ def _(
     _check_grid(x, act_scale, act_zero_point, act_bits)
     _check_linear(x, packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, x.dtype)
     return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+def _check_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> None:
+    _check(keys.dim() == 4 and keys.shape == values.shape, "keys and values must be [B, G, C, E] both")
+    num_batch, num_groups, _, width = keys.shape
+    heads = f"[{num_batch}, (H + 2 · {num_groups}) · {width}]"
+    num_heads = qkv.shape[-1] // width - 2 * num_groups
+    fits = qkv.dim() == 2 and qkv.shape[0] == num_batch and qkv.shape[1] % width == 0 and num_heads > 0
+    _check(fits and num_heads % num_groups == 0, f"qkv has shape {list(qkv.shape)}: these keys take {heads}")
+    _check(width % 2 == 0, f"heads of width {width} cannot be rotated: it must be even")
+    _check(cos.numel() == sin.numel() == width, f"cos and sin must have {width} elements each: one token's")
+    _check(cos.dtype == sin.dtype == torch.float32, f"cos is {cos.dtype}: keep the angles float32")
+    _check(position.shape == (1,) and position.dtype == torch.int64, "position must be int64 [1]")
+    _check(keys.is_contiguous() and values.is_contiguous(), "keys and values must be contiguous: they are written to")
+    for tensor in (cos, sin, keys, values, position):
+        _check(tensor.device == qkv.device, f"qkv is on {qkv.device}, another input is not")
+
+
+@torch.library.custom_op("lit_actreg::decode_attention", mutates_args=("keys", "values"))
+def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    """y [B, H · E] of one token a sequence; see :func:`lit_actreg_kernels.reference.decode_attention`.
+
+    float64 runs the reference on every device.
+    """
+    _check_attention(qkv, cos, sin, keys, values, position)
+    implementation = _implementation(qkv, "decode_attention") if qkv.dtype in FLOAT_DTYPES else reference
+    return implementation.decode_attention(qkv.contiguous(), cos.flatten(), sin.flatten(), keys, values, position)
+
+
+@decode_attention.register_fake
+def _(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    _check_attention(qkv, cos, sin, keys, values, position)
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]))

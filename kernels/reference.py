@@ -96,3 +96,26 @@ def int4_linear(
     if residual is not None:
         y = y + residual.float()
     return y.to(out_dtype)
+
+
+def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    """Attention of one token a sequence to a cache that it first enters, at ``position`` (int64 [1]).
+
+    qkv [B, (H + 2G) · E]; cos and sin of the position, [E], halves repeated; keys (rotated) and values [B, G, C, E].
+    Returns [B, H · E].
+    """
+    num_batch, num_groups, length, width = keys.shape
+    heads = qkv.view(num_batch, -1, 1, width)  # [B, H + 2G, T = 1, E]
+    num_heads = heads.shape[1] - 2 * num_groups
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(keys.dtype)
+
+    q, k, v = heads.split([num_heads, num_groups, num_groups], dim=1)
+    keys.index_copy_(2, position, rotate(k))
+    values.index_copy_(2, position, v.to(values.dtype))
+    visible = torch.arange(length, device=qkv.device) <= position[:, None]
+    grouped = num_heads != num_groups
+    y = functional.scaled_dot_product_attention(rotate(q), keys, values, attn_mask=visible, enable_gqa=grouped)
+    return y.to(qkv.dtype).reshape(num_batch, num_heads * width)

@@ -9,9 +9,12 @@ Shapes: B sequences, T tokens, D width, H heads, K/V heads G, head width E, voca
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lit_actreg_kernels import ops
 from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
@@ -33,6 +36,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+class LayerCache(NamedTuple):
+    """What one block remembers of the tokens read so far, for generation (:mod:`lit_actreg.generate`).
+
+    It is read and written for the first tokens of a text, all at once, and then for one more at a time.
+
+    Attributes:
+        keys: Rotated, [B, G, C, E]; written in place.
+        values: [B, G, C, E].
+        position: Where a single token that is read stands, int64 [1].
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)): [B, T, D] → ([B, T, D], statistics [S])."""
 
@@ -51,13 +70,17 @@ class Block(nn.Module):
         self.mlp_in = QuantLinear(width, hidden if bias else 2 * hidden, bias, "mlp_in", quant)
         self.mlp_proj = QuantLinear(hidden, width, bias, "mlp_proj", quant, GELU_MINIMUM if bias else None)
 
-    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Causal attention: [B, T, (H + 2G)·E] → [B, T, D]."""
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Causal attention: [B, T, (H + 2G)·E] → [B, T, D]; with a cache, also to the tokens in it."""
         c = self.config
         num_batch, num_tokens, _ = qkv.shape
+        if cache is not None and num_tokens == 1:
+            return ops.decode_attention(qkv[:, 0], cos, sin, *cache)[:, None]
         heads = qkv.view(num_batch, num_tokens, c.num_heads + 2 * c.kv_heads, c.head_width).transpose(1, 2)
         q, k, v = heads.split([c.num_heads, c.kv_heads, c.kv_heads], dim=1)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if cache is not None:
+            cache.keys[:, :, :num_tokens], cache.values[:, :, :num_tokens] = k, v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.kv_heads != c.num_heads)
         return y.transpose(1, 2).reshape(num_batch, num_tokens, c.width)
 
@@ -68,9 +91,11 @@ class Block(nn.Module):
         gate, up = hidden.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         outputs = {"qkv": self.qkv(self.norm_1(x_BTD))}
-        outputs["attn_proj"] = self.attn_proj(self.attend(outputs["qkv"], cos, sin))
+        outputs["attn_proj"] = self.attn_proj(self.attend(outputs["qkv"], cos, sin, cache))
         x_BTD = x_BTD + outputs["attn_proj"]
         outputs["mlp_in"] = self.mlp_in(self.norm_2(x_BTD))
         outputs["mlp_proj"] = self.mlp_proj(self.activate(outputs["mlp_in"]))
@@ -125,12 +150,21 @@ class Decoder(nn.Module):
         cos, sin = rotary_angles(ids.shape[1], self.config.head_width, self.config.rope_theta, ids.device)
         return self.embedding(ids), cos, sin
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, T, D] after the final norm, and the blocks' statistics [L, S] (float32)."""
-        x, cos, sin = self.embed(ids)
+    def forward(
+        self,
+        ids: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, T, D] after the final norm, and the blocks' statistics [L, S] (float32).
+
+        For generation, ``caches`` hold what each block has read before, and ``rotary`` the cos and sin [T, E] of where
+        the ids stand.
+        """
+        x, cos, sin = self.embed(ids) if rotary is None else (self.embedding(ids), *rotary)
         statistics = []
-        for block in self.blocks:
-            x, block_statistics = block(x, cos, sin)
+        for i, block in enumerate(self.blocks):
+            x, block_statistics = block(x, cos, sin) if caches is None else block(x, cos, sin, caches[i])
             statistics.append(block_statistics)
         return self.norm(x), torch.stack(statistics)
 

@@ -22,6 +22,7 @@ from lit_actreg.checkpoint import TOKENIZER_KEY, is_sharded, load_lightning_chec
 from lit_actreg.config import ModelConfig, OptimConfig, QuantConfig, as_plain
 from lit_actreg.contracts import LossTerm
 from lit_actreg.data.packed import IGNORE
+from lit_actreg.generate import generate
 from lit_actreg.huggingface import load_huggingface
 from lit_actreg.model import Decoder
 from lit_actreg.parallel import checkpoint_blocks, compile_blocks, shard, whole
@@ -47,7 +48,8 @@ class LitLanguageModel(LightningModule):
             folder that `quantize` wrote, or an unquantized Hugging Face checkpoint of GPT-NeoX or Llama.
         activation_checkpointing: Recompute every block in the backward pass: less memory, up to a third more time.
         compile: Compile every block (and the loss) with torch.compile.
-        new_tokens: Tokens that `predict` generates after each prompt.
+        new_tokens: Tokens that `predict` generates after each prompt. Text longer than the shape's context goes on from
+            its last half to whole context.
         temperature: Sampling temperature of `predict`; 0 takes the likeliest token.
     """
 
@@ -155,20 +157,12 @@ class LitLanguageModel(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_perplexity(self.test_loss, "test")
 
-    @torch.no_grad()
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Continues prompts [B, T] by ``new_tokens`` tokens, re-reading the context for each, and prints them.
+        """Continues prompts [B, T] by ``new_tokens`` tokens (:mod:`lit_actreg.generate`) and prints them.
 
         Returns [B, T + new_tokens].
         """
-        for _ in range(self.new_tokens):
-            hidden, _ = self.model(batch[:, -self.model.config.context :])
-            logits = self.model.logits(hidden[:, -1]).float()
-            if self.temperature > 0:
-                token = torch.multinomial((logits / self.temperature).softmax(-1), 1)
-            else:
-                token = logits.argmax(-1, keepdim=True)
-            batch = torch.cat([batch, token], dim=1)
+        batch = generate(self.model, batch, self.new_tokens, self.temperature)
         for row in batch:
             print(self.trainer.datamodule.decode(row))  # type: ignore[attr-defined]
         return batch

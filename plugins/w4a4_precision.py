@@ -3,7 +3,9 @@
 Every :class:`~lit_actreg.quant.quantized_linear.QuantizedLinear` becomes an
 :class:`~lit_actreg_kernels.module.Int4Linear`: the same codes, scales and grids, but an exact integer product instead
 of a float one (Triton on a GPU, its plain reference on a CPU). Layers that the kernel cannot serve stay as they are,
-and one line says how many and why.
+and one line says how many and why. A block whose linears all have static grids becomes an
+:class:`~lit_actreg_plugins.int4_block.Int4Block`, where norms, activations and residual sums are fused into the
+kernels.
 
 ``Precision.convert_module`` is Lightning's hook for this, called on every strategy after ``configure_model``; it
 changes the module in place. It cannot be combined with ``--trainer.precision``, so activations between the linears
@@ -17,8 +19,10 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lit_actreg_kernels.module import Int4Linear
+from lit_actreg_plugins.int4_block import Int4Block
 from torch import nn
 
+from lit_actreg.model import Block
 from lit_actreg.quant.quantized_linear import QuantizedLinear, int4_obstacle
 
 
@@ -33,6 +37,17 @@ def int4_linear(linear: QuantizedLinear) -> Int4Linear:
         linear.activation_bits,
         linear.weight_bits,
     )
+
+
+def fuse_blocks(module: nn.Module) -> int:
+    """Replaces every block that :class:`Int4Block` serves, in place; returns how many."""
+    num_fused = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Block) and Int4Block.serves(child):
+                setattr(parent, name, Int4Block(child))
+                num_fused += 1
+    return num_fused
 
 
 class W4A4Precision(Precision):
@@ -64,10 +79,11 @@ class W4A4Precision(Precision):
                     num_swapped += 1
         if num_swapped + obstacles.total() == 0:
             raise ValueError("W4A4Precision found no quantized linear: give `validate` a folder that `quantize` wrote")
+        num_fused = fuse_blocks(module)
         for part in module.modules():  # the quantized layers' scales stay float32
             if not isinstance(part, QuantizedLinear | Int4Linear):
                 for parameter in part.parameters(recurse=False):
                     parameter.data = parameter.data.to(self.dtype)
         reasons = "".join(f"; {count} stay in float: {reason}" for reason, count in obstacles.items())
-        rank_zero_info(f"W4A4Precision: {num_swapped} linears on integer kernels{reasons}")
+        rank_zero_info(f"W4A4Precision: {num_swapped} linears on integer kernels, {num_fused} blocks fused{reasons}")
         return module

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_actreg.cli import main
 from lit_actreg.config import QuantConfig
+from lit_actreg.generate import window_start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,7 +115,7 @@ def test_predict_continues_with_the_likeliest_tokens(corpus, num_prompt, capsys)
     assert found.shape == (1, num_prompt + 4)
     assert torch.equal(found[:, :num_prompt], prompt)
     for i in range(num_prompt, num_prompt + 4):
-        context = found[:, max(0, i - CONTEXT) : i]
+        context = found[:, window_start(i, CONTEXT) : i]
         with torch.no_grad():
             assert found[0, i] == module.model.logits(module.model(context)[0])[0, -1].argmax()
     assert capsys.readouterr().out == data.decode(found[0]) + "\n"

@@ -1,0 +1,77 @@
+"""A block on integer kernels in which nothing but the residual stream and the linears' outputs goes to memory.
+
+A block of :mod:`lit_actreg.model` with its linears swapped alone still writes every normalized and every activated
+tensor in floating point and reads it again to quantize it, and reads both sides of a residual sum. On a *static* grid
+a code depends on its own value only, so what produces the value can write the code itself:
+
+    codes  = norm_quantize(x)                  qkv    = W_qkv codes
+    x     := x + W_attn attend(qkv)            the sum in the linear's epilogue; attend's output is quantized by itself
+    codes  = norm_quantize(x)                  hidden = W_in codes
+    codes  = gelu_quantize(hidden)             x     := x + W_proj codes
+
+Bytes moved besides weights, a token, bfloat16, width D, GELU with 4 D hidden: norm 5 D → 3 D (twice), activation
+20 D → 12 D, sums 6 D → 2 D (twice).
+
+The same values are rounded at the same places as unfused, except that a residual sum is rounded to x's type once
+rather than twice: in float32 outputs are equal but for a norm's, an erf's or an exp's last bit, which moves a code
+where a value lies on the edge between two.
+"""
+
+from typing import Any, cast
+
+import torch
+from lit_actreg_kernels import ops
+from lit_actreg_kernels.module import Int4Linear
+from torch import Tensor, nn
+
+from lit_actreg.config import SITES
+from lit_actreg.model import Block, LayerCache
+
+
+def grid_of(linear: Int4Linear) -> tuple[Any, Any, int]:
+    """Scale, zero point and bits of a linear's static input grid."""
+    return linear.act_scale, linear.act_zero_point, linear.act_bits
+
+
+class Int4Block(Block):
+    """A :class:`~lit_actreg.model.Block` of four static ``Int4Linear`` layers: same inputs, outputs and parameters.
+
+    It returns no statistics: the outputs they are taken of do not exist apart from the sums.
+    """
+
+    def __init__(self, block: Block) -> None:
+        assert self.serves(block)
+        nn.Module.__init__(self)  # not Block's, which would make new weights
+        self.config, self.loss_terms = block.config, ()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        if block._compiled_call_impl is not None:  # what `model.compile` asked for goes on
+            self.compile(fullgraph=True)
+
+    @staticmethod
+    def serves(block: nn.Module) -> bool:
+        """Whether the fused kernels can run this block (not a subclass: sharding makes one, with hooks)."""
+        if type(block) is not Block or block.loss_terms or block.config.width > ops.MAX_NORM_COLUMNS:
+            return False
+        linears = [getattr(block, site) for site in SITES]
+        return all(isinstance(linear, Int4Linear) and linear.act_scale is not None for linear in linears)
+
+    def norm_codes(self, norm: nn.Module, x_BTD: Tensor, linear: Int4Linear) -> Tensor:
+        """norm(x) on the linear's grid, int8 [B, T, D]."""
+        assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+        assert norm.eps is not None
+        rms = isinstance(norm, nn.RMSNorm)
+        return ops.norm_quantize(x_BTD, norm.weight, None if rms else norm.bias, norm.eps, rms, *grid_of(linear))
+
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        qkv_linear, attn_proj, mlp_in, mlp_proj = (cast(Int4Linear, getattr(self, site)) for site in SITES)
+        activation_quantize = ops.gelu_quantize if self.config.style == "neox" else ops.swiglu_quantize
+
+        qkv = qkv_linear.forward_codes(self.norm_codes(self.norm_1, x_BTD, qkv_linear), x_BTD.dtype)
+        x_BTD = attn_proj(self.attend(qkv, cos, sin, cache), residual=x_BTD)
+        hidden = mlp_in.forward_codes(self.norm_codes(self.norm_2, x_BTD, mlp_in), x_BTD.dtype)
+        codes = activation_quantize(hidden, *grid_of(mlp_proj))
+        x_BTD = mlp_proj.forward_codes(codes, x_BTD.dtype, residual=x_BTD)
+        return x_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
