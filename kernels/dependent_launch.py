@@ -29,8 +29,9 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-# Bytes of one prefetch instruction: rows are fetched in pieces, one a thread.
-PREFETCH_BYTES = 512
+# A prefetch is for one sector, the smallest piece of an L2 line. (The bulk prefetch of sm_90 takes whole rows, but its
+# address is uniform, and ptxas makes a loop over the lanes of it.)
+SECTOR_BYTES = 32
 
 
 @functools.cache
@@ -56,22 +57,21 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(row_ptrs, num_bytes, inside, PIECES: tl.constexpr):
-    """Asks L2 for the first PIECES · 512 bytes of each row.
+def prefetch_rows(row_ptrs, num_bytes, inside, SECTORS: tl.constexpr):
+    """Asks L2 for the first SECTORS · 32 bytes of each row, or for as many as it has.
 
     Args:
-        row_ptrs: [ROWS] pointers to int8 or uint8, 16-byte aligned.
-        num_bytes: Length of a row, a multiple of 16.
+        row_ptrs: [ROWS] pointers.
+        num_bytes: Length of a row.
         inside: [ROWS], which rows exist.
-        PIECES: Power of two.
+        SECTORS: Power of two.
     """
-    first = tl.arange(0, PIECES) * 512
-    size = tl.minimum(num_bytes - first, 512)[None, :] * inside[:, None].to(tl.int32)
-    addresses = row_ptrs.to(tl.int64)[:, None] + first[None, :]
+    first = tl.arange(0, SECTORS) * 32
+    wanted = (inside[:, None] & (first < num_bytes)[None, :]).to(tl.int32)
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l,r",
-        [addresses, size],
+        [row_ptrs.to(tl.int64)[:, None] + first[None, :], wanted],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

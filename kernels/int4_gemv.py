@@ -27,7 +27,7 @@ import triton.language as tl
 from lit_actreg_kernels.act_quant import to_codes
 from lit_actreg_kernels.dependent_launch import (
     INTERPRETED,
-    PREFETCH_BYTES,
+    SECTOR_BYTES,
     launch_dependents,
     prefetch_rows,
     supports_dependent_launch,
@@ -113,14 +113,14 @@ def _gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     STAGES: tl.constexpr,
-    PIECES: tl.constexpr,
+    SECTORS: tl.constexpr,
 ):
     launch_dependents(PDL)
     num_blocks = tl.cdiv(N, BLOCK_N)
     if PDL:
         for ahead in tl.static_range(STAGES):
             n = (tl.program_id(0) + ahead * tl.num_programs(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
-            prefetch_rows(packed_ptr + n.to(tl.int64) * W, 4 * W, n < N, PIECES)
+            prefetch_rows(packed_ptr + n.to(tl.int64) * W, 4 * W, n < N, SECTORS)
     wait_for_inputs(PDL)
     act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
     word = tl.arange(0, BLOCK_W)
@@ -204,7 +204,7 @@ def int4_gemv(
         BLOCK_N=tile.block_n,
         BLOCK_W=triton.next_power_of_2(num_words),
         STAGES=tile.num_stages,
-        PIECES=triton.next_power_of_2(triton.cdiv(num_bytes, PREFETCH_BYTES)),
+        SECTORS=triton.next_power_of_2(triton.cdiv(num_bytes, SECTOR_BYTES)),
         num_warps=tile.num_warps,
         launch_pdl=pdl,
     )

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.dependent_launch import (
     INTERPRETED,
-    PREFETCH_BYTES,
+    SECTOR_BYTES,
     launch_dependents,
     prefetch_rows,
     supports_dependent_launch,
@@ -80,7 +80,7 @@ def _linear_kernel(
     SPLIT_K: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
-    PIECES: tl.constexpr,
+    SECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -102,9 +102,9 @@ def _linear_kernel(
     low_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + j[:, None]
     packed_ptrs = packed_ptr + n.to(tl.int64)[:, None] * P + j[None, :]
     m_inside, n_inside = (m < M)[None, :], (n < N)[:, None]
-    if PIECES > 0:
+    if SECTORS > 0:
         part = min(steps * BLOCK_K, P - start)
-        prefetch_rows(packed_ptr + n.to(tl.int64) * P + start, part, n < N, PIECES)
+        prefetch_rows(packed_ptr + n.to(tl.int64) * P + start, part, n < N, SECTORS)
     wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for base in range(start, min(start + steps * BLOCK_K, P), BLOCK_K):
@@ -236,12 +236,12 @@ def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
     return gemv_serves(x.shape[0], packed, num_groups)
 
 
-def prefetch_pieces(tile: Tile, num_bytes: int) -> int:
-    """Pieces of each weight row to fetch ahead, about 64 KiB a program; none for many tokens or unaligned rows."""
-    if tile.block_m > 64 or num_bytes % 16:
+def prefetched_sectors(tile: Tile, num_bytes: int) -> int:
+    """Sectors of each weight row to fetch ahead, about 64 KiB a program; none for many tokens."""
+    if tile.block_m > 64:
         return 0
-    pieces = triton.next_power_of_2(triton.cdiv(num_bytes, tile.split_k * PREFETCH_BYTES))
-    return min(pieces, max(1, (64 << 10) // (PREFETCH_BYTES * tile.block_n)))
+    sectors = triton.next_power_of_2(triton.cdiv(num_bytes, tile.split_k * SECTOR_BYTES))
+    return min(sectors, max(1, (64 << 10) // (SECTOR_BYTES * tile.block_n)))
 
 
 def split_for(num_outputs: int, block_n: int, num_bytes: int) -> int:
@@ -337,7 +337,7 @@ def int4_linear(
         EVEN_K=num_columns == 2 * num_bytes and num_bytes % tile.block_k == 0,
         SPLIT_K=split_k,
         ASM=not INTERPRETED,
-        PIECES=prefetch_pieces(tile, num_bytes) if pdl else 0,
+        SECTORS=prefetched_sectors(tile, num_bytes) if pdl else 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

@@ -141,11 +141,10 @@ def test_only_one_token_is_quantized_inside():
 
 
 def test_prefetch_stays_below_64_kib_a_program():
-    assert int4_linear.prefetch_pieces(Tile(16, 32, 256, 2, 4), 2048) == 4
-    assert int4_linear.prefetch_pieces(Tile(16, 64, 256, 2, 4), 4096) == 2
-    assert int4_linear.prefetch_pieces(Tile(16, 64, 256, 2, 4, split_k=4), 2048) == 1
-    assert int4_linear.prefetch_pieces(Tile(16, 32, 256, 2, 4), 40) == 0
-    assert int4_linear.prefetch_pieces(Tile(128, 128, 64, 4, 4), 2048) == 0
+    assert int4_linear.prefetched_sectors(Tile(16, 32, 256, 2, 4), 2048) == 64
+    assert int4_linear.prefetched_sectors(Tile(16, 64, 256, 2, 4), 4096) == 32
+    assert int4_linear.prefetched_sectors(Tile(16, 64, 256, 2, 4, split_k=4), 2048) == 16
+    assert int4_linear.prefetched_sectors(Tile(128, 128, 64, 4, 4), 2048) == 0
 
 
 def test_split_keeps_every_part_worth_its_while():
