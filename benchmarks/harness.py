@@ -67,7 +67,7 @@ def usable(candidate: Candidate, problem: Any) -> Candidate | None:
     """The candidate; None, with a note, where its tile does not fit the GPU or its check fails."""
     try:
         check(candidate, problem)
-    except (CheckFailed, TritonError) as error:
+    except (CheckFailed, TritonError, RuntimeError) as error:  # a compiler pass that fails is a RuntimeError
         print(f"skipped {candidate.name}: {str(error)[-200:]}")
         return None
     return candidate

@@ -185,7 +185,16 @@ def describe(tile: Tile | GemvTile) -> str:
     return f"{kernel}{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}{split}"
 
 
-TAILED_SHAPES = [(1, 33, 96), (1, 4099, 4096), (3, 65, 78), (17, 31, 130), (64, 500, 1056), (300, 520, 1040)]
+# The last one has more tiles than a persistent kernel has programs.
+TAILED_SHAPES = [
+    (1, 33, 96),
+    (1, 4099, 4096),
+    (3, 65, 78),
+    (17, 31, 130),
+    (64, 500, 1056),
+    (300, 520, 1040),
+    (2600, 2100, 528),
+]
 
 
 def check_integers(tiles_of: Callable[[Shape], list[Tile | GemvTile]]) -> list[str]:
@@ -201,7 +210,7 @@ def check_integers(tiles_of: Callable[[Shape], list[Tile | GemvTile]]) -> list[s
         for tile in tiles_of((m, n, k)):
             try:
                 runs = [int4_linear.int4_linear(*arguments, None, None, torch.float32, tile=tile) for _ in range(5)]
-            except TritonError as error:
+            except (TritonError, RuntimeError) as error:  # a compiler pass that fails is a RuntimeError
                 failures.append(f"{describe(tile)} at {(m, n, k)}: {str(error)[-150:]}")
                 continue
             wrong = [int((run != expected).sum()) for run in runs]

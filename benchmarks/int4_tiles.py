@@ -38,7 +38,7 @@ HOPPER_PREFILL = [
     Tile(128, 256, 64, 8, 4, hopper=True),
     Tile(128, 256, 64, 8, 3, hopper=True),
     Tile(128, 128, 64, 4, 4, hopper=True),
-    Tile(256, 128, 64, 8, 4, hopper=True),
+    Tile(128, 128, 64, 4, 3, hopper=True),
 ]
 # (bytes of weights a step, warps, stages, programs a multiprocessor)
 GEMV = [
