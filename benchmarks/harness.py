@@ -104,6 +104,12 @@ def measure(candidates: Sequence[Candidate], problems: Sequence[Any], rounds: in
     return timings
 
 
+def has_gpu() -> bool:
+    """Asked in another process, because one that has touched CUDA cannot fork workers that use it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(torch.cuda.is_available).result()
+
+
 def compile_in_parallel(work: Callable[[Any], None], items: Sequence[Any]) -> None:
     """Fills Triton's cache on disk: ``work`` calls what an item names, in forked processes. Before any use of CUDA."""
     processes = max(1, min(16, (os.cpu_count() or 1) - 1, len(items)))

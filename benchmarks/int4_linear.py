@@ -20,7 +20,17 @@ from pathlib import Path
 
 import torch
 import triton
-from harness import Candidate, Ceilings, CheckFailed, check, compile_in_parallel, measure, measure_ceilings, usable
+from harness import (
+    Candidate,
+    Ceilings,
+    CheckFailed,
+    check,
+    compile_in_parallel,
+    has_gpu,
+    measure,
+    measure_ceilings,
+    usable,
+)
 from int4_problem import (
     TAILED_SHAPES,
     Problem,
@@ -154,12 +164,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=choices, default=choices)
     parser.add_argument("--rounds", type=int, default=30, help="replays of every candidate")
     parser.add_argument("--quick", action="store_true", help="sweep tiles of every regime instead of the table")
-    parser.add_argument("--out", type=Path, help="CSV file for the table, text with --quick")
+    parser.add_argument("--out", type=Path, help="CSV file for the table, or for all tiles")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    compile_ahead(arguments.cases, arguments.quick)  # forks: nothing may have touched CUDA before
-    if not torch.cuda.is_available():
+    if not has_gpu():
         sys.exit("this benchmark needs a CUDA GPU: none is visible")
+    compile_ahead(arguments.cases, arguments.quick)  # forks: nothing may have touched CUDA before
     torch.manual_seed(0)
     print(f"compiled ahead in {time.perf_counter() - start:.0f} s")
     failures = check_integers(tiles_to_check)
@@ -179,16 +189,12 @@ def main() -> None:
         f"{ceilings.launch:.2f} µs, launched dependently {ceilings.dependent_launch:.2f} µs",
     ]
     if arguments.quick:
-        header += [f"WRONG: {failure}" for failure in failures]
-        lines = header + sweep(QUICK_SHAPES, min(arguments.rounds, 12), ceilings)
-        print("\n".join(lines))
-        if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text("\n".join(lines) + "\n")
-        print(f"{time.perf_counter() - start:.0f} s")
-        return
-    print("\n".join(header))
-    rows = print_table(arguments.cases, arguments.rounds, ceilings)
+        lines, rows = sweep(QUICK_SHAPES, min(arguments.rounds, 12), ceilings)
+        print("\n".join([*header, *(f"WRONG: {failure}" for failure in failures), *lines]))
+    else:
+        print("\n".join(header))
+        rows = print_table(arguments.cases, arguments.rounds, ceilings)
+    print(f"{time.perf_counter() - start:.0f} s")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         with arguments.out.open("w", newline="") as file:

@@ -118,15 +118,18 @@ def sweep_candidates(shape: Shape) -> list[Candidate]:
     mode = "fused" if shape[0] == 1 else "separate" if shape[0] <= 64 else "codes"
     candidates = [bf16_candidate(), *(int4_candidate(tile, mode) for tile in tiles)]
     if shape[0] == 1:
-        candidates += [int4_candidate(tile, "separate") for tile in tiles[:1]]
+        candidates.append(int4_candidate(tiles[0], "separate"))
     if shape[0] <= 64:
-        return [*candidates, launched_one_by_one(candidates[1])]
+        return [*candidates, int4_candidate(tiles[0], "codes"), launched_one_by_one(candidates[1])]
     return [*candidates, *(int8_candidate(tile) for tile in INT8_TILES), int_mm_candidate(), unpack_candidate()]
 
 
-def sweep(shapes: list[Shape], rounds: int, ceilings: Ceilings, keep: int = 6) -> list[str]:
-    """Lines of the table: the fastest tiles of every shape, what the tables take today, and the yardsticks."""
-    lines = []
+def sweep(
+    shapes: list[Shape], rounds: int, ceilings: Ceilings, keep: int = 5
+) -> tuple[list[str], list[dict[str, str | float]]]:
+    """Lines of a short table (the fastest tiles, those the tables take today, the yardsticks), and rows of them all."""
+    lines: list[str] = []
+    rows: list[dict[str, str | float]] = []
     for shape in shapes:
         m, n, k = shape
         problems = make_problems(shape)
@@ -134,18 +137,22 @@ def sweep(shapes: list[Shape], rounds: int, ceilings: Ceilings, keep: int = 6) -
         baseline, *timings = measure(candidates, problems, rounds)
         floor = ceilings.floor(bytes_moved(shape, 1 if m > 64 else 2), 2 * m * n * k)
         order = sorted(timings, key=lambda timing: timing.median)
-        ours = [timing for timing in order if timing.name.startswith("w4a4") and "no-PDL" not in timing.name]
+        tiles = [timing for timing in order if timing.name.startswith("w4a4") and "no-PDL" not in timing.name]
         int8 = [timing for timing in order if timing.name.startswith("triton int8")]
         default = describe(chosen(shape))
-        shown = ours[:keep] + [t for t in ours[keep:] if t.name.endswith(default) or "separate gemv" in t.name]
-        shown += int8[:2] + [t for t in timings if t not in ours and t not in int8]
+        shown = tiles[:keep] + [timing for timing in tiles[keep:] if timing.name.endswith(default)]
+        shown += int8[:1] + [timing for timing in timings if timing not in tiles and timing not in int8]
         lines.append(f"{shape} floor {floor:.1f} bf16 {baseline.median:.1f} ({baseline.low:.1f}-{baseline.high:.1f})")
         for timing in shown:
             mark = " <- chosen" if timing.name.endswith(default) else ""
             spread = f"{timing.low:.1f}-{timing.high:.1f}"
             ratio = f"{baseline.median / timing.median:.2f}x"
-            lines.append(f"  {timing.name:44} {timing.median:7.1f} {spread:>13} {ratio}{mark}")
+            lines.append(f"  {timing.name:40} {timing.median:7.1f} {spread:>13} {ratio}{mark}")
+        for timing in (baseline, *order):
+            numbers = {"us": timing.median, "us_p10": timing.low, "us_p90": timing.high, "us_floor": floor}
+            numbers = {name: round(value, 3) for name, value in numbers.items()}
+            rows.append({"M": m, "N": n, "K": k, "candidate": timing.name, **numbers})
         print(f"swept {shape}: {len(candidates)} candidates", file=sys.stderr, flush=True)
         del problems
         torch.cuda.empty_cache()
-    return lines
+    return lines, rows
