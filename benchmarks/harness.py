@@ -14,6 +14,7 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,9 +115,12 @@ def compile_in_parallel(work: Callable[[Any], None], items: Sequence[Any]) -> No
     """Fills Triton's cache on disk: ``work`` calls what an item names, in forked processes. Before any use of CUDA."""
     processes = max(1, min(16, (os.cpu_count() or 1) - 1, len(items)))
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
-        for item, error in zip(items, pool.map(_Quiet(work), items, chunksize=1), strict=True):
-            if error:
-                print(f"not compiled ahead: {item}: {error}")
+        try:
+            for item, error in zip(items, pool.map(_Quiet(work), items, chunksize=1), strict=True):
+                if error:
+                    print(f"not compiled ahead: {item}: {error}")
+        except BrokenProcessPool as error:
+            print(f"compiling in this process what is missing: {error}")
 
 
 @dataclass
