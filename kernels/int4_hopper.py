@@ -10,6 +10,9 @@ nibble. Steps are unrolled over two turns of the ring, which makes buffers and b
 such rounds nothing is under way: unpacked int8 carried around the loop would be split into bytes (230 instructions).
 BLOCK_K = 64 is what registers allow; with 128, ptxas gives up the overlap (C7512).
 
+Programs are persistent: each walks over tiles, and the steps of all its tiles are one sequence to the ring, so the
+first steps of the next tile arrive while the epilogue of the last one runs.
+
 TMA fills whatever lies outside a tensor with zeros, so tails need no masks: a step past P multiplies zero weights.
 
 The tile is y^T = W · A^T, BLOCK_N outputs × BLOCK_M tokens. 256 × 128 moves 32 KiB from L2 a step of 256 · 128 · 128
@@ -67,10 +70,10 @@ def times_16_high(packed):
 
 
 @gluon.jit
-def _fetch(codes_desc, packed_desc, codes_smem, packed_smem, filled, step, stage, num_steps, m, n, P):
-    """Starts the copies of one step; ``filled`` flips when all three have landed."""
+def _fetch(codes_desc, packed_desc, codes_smem, packed_smem, filled, step, stage, wanted, m, n, P):
+    """Starts the copies of one step, if wanted; ``filled`` flips when all three have landed."""
     BLOCK_K: gl.constexpr = packed_desc.block_type.shape[1]
-    barrier, wanted = filled.index(stage), step < num_steps
+    barrier = filled.index(stage)
     mbarrier.expect(barrier, packed_desc.block_type.nbytes + 2 * codes_desc.block_type.nbytes, pred=wanted)
     j = step * BLOCK_K
     _tma_load(packed_desc, [n, j], barrier, packed_smem.index(stage), pred=wanted)
@@ -83,6 +86,16 @@ def _unpack(packed_smem, filled, stage, phase, OPERAND: gl.constexpr):
     mbarrier.wait(filled.index(stage), phase)
     packed = packed_smem.index(stage).load(OPERAND)
     return times_16_low(packed), times_16_high(packed)
+
+
+@gluon.jit
+def _place(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
+    """First token and first output of a tile: GROUP_M rows of tiles go through all outputs together, for L2."""
+    num_m, num_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    first_m = tile // (GROUP_M * num_n) * GROUP_M
+    rows = gl.maximum(gl.minimum(num_m - first_m, GROUP_M), 1)  # a tile past the last is never computed
+    within = tile % (GROUP_M * num_n)
+    return (first_m + within % rows) * BLOCK_M, (within // rows) * BLOCK_N
 
 
 @gluon.jit
@@ -115,11 +128,8 @@ def _kernel(
     )
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=4)
 
-    num_m, num_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
-    first_m = gl.program_id(0) // (GROUP_M * num_n) * GROUP_M
-    rows = gl.minimum(num_m - first_m, GROUP_M)
-    within = gl.program_id(0) % (GROUP_M * num_n)
-    m0, n0 = (first_m + within % rows) * BLOCK_M, (within // rows) * BLOCK_N
+    num_tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    m0, n0 = _place(gl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
     packed_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N, BLOCK_K], packed_desc.layout)
     codes_smem = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BLOCK_M, BLOCK_K], codes_desc.layout)
@@ -130,59 +140,65 @@ def _kernel(
 
     num_steps = UNROLL * gl.cdiv(P, UNROLL * BLOCK_K)
     for stage in gl.static_range(STAGES - 1):
-        _fetch(codes_desc, packed_desc, codes_smem, packed_smem, filled, stage, stage, num_steps, m0, n0, P)
-    acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, ACC)
-    for base in range(0, num_steps, UNROLL):
-        low, high = _unpack(packed_smem, filled, 0, 0, OPERAND)
-        for i in gl.static_range(UNROLL):
-            low_codes = codes_smem.index(2 * (i % STAGES)).permute((1, 0))
-            high_codes = codes_smem.index(2 * (i % STAGES) + 1).permute((1, 0))
-            acc = warpgroup_mma(low, low_codes, acc, is_async=True)
-            acc = warpgroup_mma(high, high_codes, acc, is_async=True)
-            if i > 0:
-                acc = warpgroup_mma_wait(2, deps=[acc])  # the two of the step before are done
-            _fetch(
-                codes_desc,
-                packed_desc,
-                codes_smem,
-                packed_smem,
-                filled,
-                base + i + STAGES - 1,
-                (i + STAGES - 1) % STAGES,
-                num_steps,
-                m0,
-                n0,
-                P,
-            )
-            if i + 1 < UNROLL:
-                low, high = _unpack(packed_smem, filled, (i + 1) % STAGES, (i + 1) // STAGES % 2, OPERAND)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        _fetch(codes_desc, packed_desc, codes_smem, packed_smem, filled, stage, stage, True, m0, n0, P)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        next_tile = tile + gl.num_programs(0)
+        m_next, n_next = _place(next_tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, ACC)
+        for base in range(0, num_steps, UNROLL):
+            low, high = _unpack(packed_smem, filled, 0, 0, OPERAND)
+            for i in gl.static_range(UNROLL):
+                low_codes = codes_smem.index(2 * (i % STAGES)).permute((1, 0))
+                high_codes = codes_smem.index(2 * (i % STAGES) + 1).permute((1, 0))
+                acc = warpgroup_mma(low, low_codes, acc, is_async=True)
+                acc = warpgroup_mma(high, high_codes, acc, is_async=True)
+                if i > 0:
+                    acc = warpgroup_mma_wait(2, deps=[acc])  # the two of the step before are done
+                # Past the tile's end the next tile's first steps follow: they arrive during the epilogue.
+                ahead = base + i + STAGES - 1
+                over = ahead >= num_steps
+                _fetch(
+                    codes_desc,
+                    packed_desc,
+                    codes_smem,
+                    packed_smem,
+                    filled,
+                    gl.where(over, ahead - num_steps, ahead),
+                    (i + STAGES - 1) % STAGES,
+                    (ahead < num_steps) | (next_tile < num_tiles),
+                    gl.where(over, m_next, m0),
+                    gl.where(over, n_next, n0),
+                    P,
+                )
+                if i + 1 < UNROLL:
+                    low, high = _unpack(packed_smem, filled, (i + 1) % STAGES, (i + 1) // STAGES % 2, OPERAND)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+        m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
+        n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
+        act_scale = gl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
+        zero_point = gl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
+        weight_scale = gl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
+        sums = gl.load(weight_sums_ptr + n, mask=n < N, other=0).to(gl.float32)
+        y = weight_scale[:, None] * ((acc >> 4).to(gl.float32) - zero_point[None, :] * sums[:, None])
+        y *= act_scale[None, :]
+        if HAS_BIAS:
+            y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+
+        # Outputs are contiguous along N: eight of them a thread, so that bfloat16 leaves in 16-byte stores.
+        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, num_warps], [0, 1])
+        m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
+        n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, STORE))
+        offsets = m.to(gl.int64)[None, :] * N + n[:, None]
+        inside = (m < M)[None, :] & (n < N)[:, None]
+        if HAS_RESIDUAL:
+            y = gl.convert_layout(y, STORE) + gl.load(residual_ptr + offsets, mask=inside, other=0.0).to(gl.float32)
+            out = y.to(y_ptr.dtype.element_ty)
+        else:
+            out = gl.convert_layout(y.to(y_ptr.dtype.element_ty), STORE)
+        gl.store(y_ptr + offsets, out, mask=inside)
+        m0, n0 = m_next, n_next
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(filled.index(stage))
-
-    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
-    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
-    act_scale = gl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
-    zero_point = gl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
-    weight_scale = gl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
-    sums = gl.load(weight_sums_ptr + n, mask=n < N, other=0).to(gl.float32)
-    y = weight_scale[:, None] * ((acc >> 4).to(gl.float32) - zero_point[None, :] * sums[:, None])
-    y *= act_scale[None, :]
-    if HAS_BIAS:
-        y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-
-    # Outputs are contiguous along N: eight of them a thread, so that bfloat16 leaves in 16-byte stores.
-    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, num_warps], [0, 1])
-    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
-    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, STORE))
-    offsets = m.to(gl.int64)[None, :] * N + n[:, None]
-    inside = (m < M)[None, :] & (n < N)[:, None]
-    if HAS_RESIDUAL:
-        y = gl.convert_layout(y, STORE) + gl.load(residual_ptr + offsets, mask=inside, other=0.0).to(gl.float32)
-        out = y.to(y_ptr.dtype.element_ty)
-    else:
-        out = gl.convert_layout(y.to(y_ptr.dtype.element_ty), STORE)
-    gl.store(y_ptr + offsets, out, mask=inside)
 
 
 def operand_layout(block_k: int) -> gl.NVMMASharedLayout:
@@ -214,7 +230,10 @@ def int4_prefill(
     (num_tokens, num_outputs), num_bytes = y.shape, packed.shape[1]
     block_m, block_n, block_k = block
     layout = operand_layout(block_k)
-    programs = -(-num_tokens // block_m) * -(-num_outputs // block_n)
+    num_tiles = -(-num_tokens // block_m) * -(-num_outputs // block_n)
+    # Two warp groups take all registers of a multiprocessor: one program of eight warps, or two of four.
+    num_sms = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    programs = min(num_tiles, num_sms * max(1, 8 // num_warps))
     _kernel[(programs,)](
         TensorDescriptor.from_tensor(codes, [block_m, block_k], layout),
         TensorDescriptor.from_tensor(packed, [block_n, block_k], layout),

@@ -2,43 +2,44 @@
 
     y_mn = s_x · s_w · (Σ_k a_mk w_nk − z_x · Σ_k w_nk) + b_n + r_mn                       (:mod:`.reference`)
 
-**Unpacking.** Byte j of a weight row holds w_j in its low nibble and w_{j+P} in its high one, P bytes a row
-(:func:`.grid.pack_int4`). Read as int8, `byte & 0xF0` is 16 w_{j+P}, sign and all, and `(byte << 4) & 0xF0` is 16 w_j:
-one and two operations on four bytes at a time, where sign extension would take many. The product carries the factor 16,
-which the epilogue shifts out; |16 · 8 · 128 · K| < 2^31 keeps it exact for K < 131,072. The two halves of the row are
-two dots with the two halves of the activations, so nothing is ever interleaved. Triton shifts int8 lane by lane (a
-128 × 128 × 128-byte step of the loop compiled to 667 instructions on sm_90), so the shift is one line of PTX on
-four bytes (254 instructions); the interpreter, which has no inline assembly, takes the plain expression.
+**Unpacking** into 16-fold int8 and the epilogue are :mod:`.int4_tile`. The two halves of a packed row are two dots with
+the two halves of the activations, so nothing is ever interleaved.
 
 **Orientation.** The tile computed is y^T = W · A^T: the unpacked weights are in registers, and only the left operand of
 Hopper's wgmma may come from there. INT4 tensor cores do not exist on sm_90 and later, so int8 ones do the work and
 four bits buy bandwidth and memory.
 
-**Two regimes, one kernel.** Many tokens: 128 × 128 tiles, two programs a multiprocessor so that one unpacks while
-the other multiplies, ordered so that neighbours share weights in L2. Few tokens (M ≤ 64): the weights are read once and
-that is the time it takes; tiles are narrow in N to have enough of them, and K is split when there are still too few.
-Split programs write int32 partial sums and a second kernel adds them: integers, so the result does not depend on the
-order. A single token on a static grid is quantized inside the loop (``QUANTIZE``), by every program again, which costs
-less than a launch.
+**Regimes.** One token: :mod:`.int4_gemv`, without tensor cores. Up to 64: the weights are read once and that is the
+time it takes; tiles are narrow in N to have enough of them, and K is split when there are still too few. Split programs
+write int32 partial sums and a second kernel adds them: integers, so the result does not depend on the order. Each of
+these kernels starts while the one before it runs, and fetches its weights meanwhile (:mod:`.dependent_launch`). Many
+tokens: 128 × 128 tiles, two programs a multiprocessor so that one unpacks while the other multiplies, ordered so that
+neighbours share weights in L2; or :mod:`.int4_hopper`.
 
 **Groups.** With G scales a row the int32 sum ends at every group's border and is scaled into a float32 one. That
 kernel picks the nibble by column, because a group may straddle the two halves.
 
-Contiguous tensors: codes int8 [M, K] or x [M, K] of a float dtype; packed uint8 [N, P] with 2P ≥ K and zero codes from
+Contiguous tensors: codes int8 [M, K]; packed uint8 [N, P] with 2P ≥ K and zero codes from
 K on; the rest as in :mod:`.reference`. Any M, N, K < 131,072. sm_80 or later.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.act_quant import to_codes
-from lit_actreg_kernels.grid import code_range
+from lit_actreg_kernels.dependent_launch import (
+    INTERPRETED,
+    SECTOR_BYTES,
+    launch_dependents,
+    prefetch_rows,
+    supports_dependent_launch,
+    wait_for_inputs,
+)
+from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
+from lit_actreg_kernels.int4_gemv import serves as gemv_serves
+from lit_actreg_kernels.int4_tile import correct, finish, times_16, times_16_high, times_16_low
 from torch import Tensor
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @dataclass(frozen=True)
@@ -55,78 +56,6 @@ class Tile:
     num_stages: int
     split_k: int = 1
     hopper: bool = False
-
-
-@triton.jit
-def times_16_low(packed, ASM: tl.constexpr):
-    """16 · (low nibble, signed) of every byte, int8."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
-            "=r,r",
-            [packed],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-    return (packed << 4).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def times_16_high(packed):
-    """16 · (high nibble, signed) of every byte, int8."""
-    return (packed & 0xF0).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def times_16(packed, shift, ASM: tl.constexpr):
-    """16 · (nibble, signed) of every byte, int8: the low one for a uint8 ``shift`` of 4, the high one for 0."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 s, t; and.b32 s, $2, 4; shl.b32 t, $1, s; and.b32 $0, t, 0xF0F0F0F0; }",
-            "=r,r,r",
-            [packed, shift],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-    return ((packed << shift) & 0xF0).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _finish(
-    y,
-    y_ptr,
-    act_scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    m,
-    n,
-    M,
-    N,
-    PER_TOKEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """Scales y [BLOCK_N, BLOCK_M] (float32, weights' scales applied) by s_x, adds bias and residual, stores y^T."""
-    y *= tl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    y = tl.trans(y)
-    offsets = m.to(tl.int64)[:, None] * N + n[None, :]
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN: tl.constexpr):
-    """s_w · (acc − z_x · Σ w), float32 [BLOCK_N, BLOCK_M]; acc int32 without the factor 16, one scale a channel."""
-    zero_point = tl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
-    sums = tl.load(weight_sums_ptr + n, mask=n < N, other=0).to(tl.float32)
-    weight_scale = tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
-    return weight_scale[:, None] * (acc.to(tl.float32) - zero_point[None, :] * sums[:, None])
 
 
 @triton.jit
@@ -147,17 +76,17 @@ def _linear_kernel(
     PER_TOKEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    Q_MIN: tl.constexpr,
-    Q_MAX: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     ASM: tl.constexpr,
+    PDL: tl.constexpr,
+    SECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    launch_dependents(PDL)
     # GROUP_M tiles of tokens go through all outputs together: their activations stay in L2, weights pass through.
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first_m = tl.program_id(0) // (GROUP_M * num_n) * GROUP_M
@@ -173,22 +102,17 @@ def _linear_kernel(
     low_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + j[:, None]
     packed_ptrs = packed_ptr + n.to(tl.int64)[:, None] * P + j[None, :]
     m_inside, n_inside = (m < M)[None, :], (n < N)[:, None]
-    if QUANTIZE:
-        scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
+    if SECTORS > 0:
+        part = min(steps * BLOCK_K, P - start)
+        prefetch_rows(packed_ptr + n.to(tl.int64) * P + start, part, n < N, SECTORS)
+    wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for base in range(start, min(start + steps * BLOCK_K, P), BLOCK_K):
         # A byte past P reads as two zero codes, so what the low half of x holds there does not matter.
         k = base + tl.arange(0, BLOCK_K)
         packed = tl.load(packed_ptrs, mask=n_inside if EVEN_K else n_inside & (k < P)[None, :], other=0)
-        if QUANTIZE:
-            # One token, M = 1: all columns of the tile hold its codes, and only the first is stored.
-            low = to_codes(tl.load(x_ptr + k, mask=k < K, other=0.0), scale, zero_point, Q_MIN, Q_MAX)
-            high = to_codes(tl.load(x_ptr + k + P, mask=k + P < K, other=0.0), scale, zero_point, Q_MIN, Q_MAX)
-            low = tl.broadcast_to(low[:, None], (BLOCK_K, BLOCK_M))
-            high = tl.broadcast_to(high[:, None], (BLOCK_K, BLOCK_M))
-        else:
-            low = tl.load(low_ptrs, mask=m_inside if EVEN_K else m_inside & (k < K)[:, None], other=0)
-            high = tl.load(low_ptrs + P, mask=m_inside if EVEN_K else m_inside & (k + P < K)[:, None], other=0)
+        low = tl.load(low_ptrs, mask=m_inside if EVEN_K else m_inside & (k < K)[:, None], other=0)
+        high = tl.load(low_ptrs + P, mask=m_inside if EVEN_K else m_inside & (k + P < K)[:, None], other=0)
         acc = tl.dot(times_16_low(packed, ASM), low, acc, out_dtype=tl.int32)
         acc = tl.dot(times_16_high(packed), high, acc, out_dtype=tl.int32)
         low_ptrs += BLOCK_K
@@ -199,8 +123,8 @@ def _linear_kernel(
         partial_ptrs = y_ptr + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
         tl.store(partial_ptrs, acc, mask=m_inside & n_inside)
     else:
-        y = _correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
-        _finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
+        y = correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
+        finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -219,16 +143,19 @@ def _reduce_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    launch_dependents(PDL)
+    wait_for_inputs(PDL)
     m = tl.program_id(1) + tl.arange(0, 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N, 1), tl.int32)
     for split in tl.static_range(SPLIT_K):
         offsets = (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
         acc += tl.load(partial_ptr + offsets, mask=(n < N)[:, None], other=0)
-    y = _correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
-    _finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
+    y = correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
+    finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -253,10 +180,13 @@ def _grouped_kernel(
     GROUP: tl.constexpr,
     ALIGNED: tl.constexpr,
     ASM: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    launch_dependents(PDL)
+    wait_for_inputs(PDL)
     num_n = tl.cdiv(N, BLOCK_N)
     m = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -287,7 +217,7 @@ def _grouped_kernel(
         sums = tl.load(weight_sums_ptr + n * G + g, mask=n_inside, other=0).to(tl.float32)
         weight_scale = tl.load(weight_scale_ptr + n * G + g, mask=n_inside, other=0.0)
         y += weight_scale[:, None] * ((acc >> 4).to(tl.float32) - zero_point[None, :] * sums[:, None])
-    _finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
+    finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
 
 
 def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int) -> Tile:
@@ -301,9 +231,17 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int) -> Tile:
     return Tile(128, 128, 64, num_warps=4, num_stages=4)
 
 
-def fuses_quantization(num_tokens: int, num_groups: int) -> bool:
-    """Whether the linear quantizes its own input. Every program does it again, which pays for very few tokens only."""
-    return num_tokens == 1 and num_groups == 1
+def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
+    """Whether the linear quantizes its own input: where every program does the whole of it, one token is the limit."""
+    return gemv_serves(x.shape[0], packed, num_groups)
+
+
+def prefetched_sectors(tile: Tile, num_bytes: int) -> int:
+    """Sectors of each weight row to fetch ahead, about 64 KiB a program; none for many tokens."""
+    if tile.block_m > 64:
+        return 0
+    sectors = triton.next_power_of_2(triton.cdiv(num_bytes, tile.split_k * SECTOR_BYTES))
+    return min(sectors, max(1, (64 << 10) // (SECTOR_BYTES * tile.block_n)))
 
 
 def split_for(num_outputs: int, block_n: int, num_bytes: int) -> int:
@@ -323,25 +261,33 @@ def int4_linear(
     residual: Tensor | None,
     out_dtype: torch.dtype,
     act_bits: int = 4,
-    tile: Tile | None = None,
+    tile: Tile | GemvTile | None = None,
 ) -> Tensor:
-    """y [M, N] of ``out_dtype`` from codes int8 [M, K], or from float x [M, K] and a static grid of act_bits.
+    """y [M, N] of ``out_dtype`` from codes int8 [M, K]; or, where the linear :func:`fuses_quantization`, from float x.
 
     Args:
-        tile: Overrides :func:`choose_tile` (benchmark and tests).
+        act_bits: Of the static grid that float x is put on.
+        tile: Overrides :func:`choose_tile` and the choice of the kernel (benchmark and tests).
     """
     (num_tokens, num_columns), (num_outputs, num_bytes) = x.shape, packed.shape
     num_groups = weight_scale.shape[1]
     y = x.new_empty((num_tokens, num_outputs), dtype=out_dtype)
     if not y.numel():
         return y
+    epilogue = (act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
+    if isinstance(tile, GemvTile) or (tile is None and gemv_serves(num_tokens, packed, num_groups)):
+        int4_gemv(x, packed, *epilogue, y, act_bits, tile)
+        return y
+    assert not x.is_floating_point(), "quantize first: only the product of one token does it itself"
     tile = tile or choose_tile(num_tokens, num_outputs, num_bytes)
     num_tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
-    epilogue = (act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
+    pdl = supports_dependent_launch(x.device)
     options = {
         "PER_TOKEN": act_scale.numel() > 1,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
+        "PDL": pdl,
+        "launch_pdl": pdl,
     }
     if num_groups > 1:
         group_size = num_columns // num_groups
@@ -376,7 +322,6 @@ def int4_linear(
         block = (tile.block_m, tile.block_n, tile.block_k)
         int4_hopper.int4_prefill(x, packed, *epilogue, y, block, tile.num_warps, tile.num_stages)
         return y
-    q_min, q_max = code_range(act_bits)
     split_k = tile.split_k
     partial = x.new_empty((split_k, num_tokens, num_outputs), dtype=torch.int32) if split_k > 1 else y
     _linear_kernel[(num_tiles, split_k)](
@@ -389,12 +334,10 @@ def int4_linear(
         num_columns,
         num_bytes,
         **options,
-        QUANTIZE=x.is_floating_point(),
-        Q_MIN=q_min,
-        Q_MAX=q_max,
         EVEN_K=num_columns == 2 * num_bytes and num_bytes % tile.block_k == 0,
         SPLIT_K=split_k,
         ASM=not INTERPRETED,
+        SECTORS=prefetched_sectors(tile, num_bytes) if pdl else 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

@@ -240,7 +240,7 @@ def quantized_int4_linear(
     rest = (packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, x.dtype)
     _check_linear(x, *rest)
     implementation, x = _implementation(x, "int4_linear"), x.contiguous()
-    if implementation is not reference and implementation.fuses_quantization(x.shape[0], weight_scale.shape[1]):
+    if implementation is not reference and implementation.fuses_quantization(x, packed, weight_scale.shape[1]):
         return implementation.int4_linear(x, *rest, act_bits=act_bits)
     codes = _implementation(x, "act_quant").quantize_activation(x, act_scale, act_zero_point, act_bits)
     return implementation.int4_linear(codes, *rest)

@@ -15,6 +15,8 @@ from lit_actreg_kernels.int4_linear import Tile
 
 on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not on_hopper, reason="needs a GPU of compute capability 9.0")
+# The last one has more tiles than programs.
+SHAPES = [(1, 8, 16), (70, 33, 272), (300, 520, 1040), (257, 1000, 4096), (2600, 2100, 528)]
 TILES = [Tile(128, 256, 64, 8, 4, hopper=True), Tile(128, 128, 64, 4, 4, hopper=True)]
 
 COMPILE = """
@@ -58,7 +60,9 @@ def problem(m, n, k):
 
 @needs_hopper
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 16), (70, 33, 272), (300, 520, 1040), (257, 1000, 4096)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 8, 16), (70, 33, 272), (300, 520, 1040), (257, 1000, 4096), (2600, 2100, 528)]
+)
 def test_integer_accumulators_are_equal(tile, m, n, k):
     codes, packed, sums, weight_codes = problem(m, n, k)
     unit = torch.ones(1), torch.zeros(1), torch.ones(n, 1), sums

@@ -115,16 +115,6 @@ def test_padded_weights_ignore_what_lies_beyond_k(padding):
     assert torch.equal(acc.long(), tensors["x"].long() @ weight_codes.long().T)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", [DECODE, SPLIT], ids=["decode", "split"])
-def test_one_token_is_quantized_inside(dtype, tile):
-    tensors, _ = problem(1, 40, 300)
-    x = (torch.randn(1, 300) * 2).to(dtype)
-    codes = reference.quantize_activation(x, tensors["act_scale"], tensors["act_zero_point"], 4)
-    inside, outside = run(tensors | {"x": x}, torch.float32, tile), run(tensors | {"x": codes}, torch.float32, tile)
-    assert torch.equal(inside, outside)
-
-
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 48, 256), (16, 20, 128), (33, 70, 256), (64, 64, 64), (130, 140, 256)])
 def test_chosen_tiles(m, n, k):
     tensors, _ = problem(m, n, k)
@@ -142,6 +132,19 @@ def test_repeated_runs_are_equal():
 def test_no_tokens():
     tensors, _ = problem(0, 8, 16)
     assert run(tensors, torch.bfloat16).shape == (0, 8)
+
+
+def test_only_one_token_is_quantized_inside():
+    tensors, _ = problem(2, 8, 32)
+    with pytest.raises(AssertionError, match="quantize first"):
+        run(tensors | {"x": torch.randn(2, 32)}, torch.float32)
+
+
+def test_prefetch_stays_below_64_kib_a_program():
+    assert int4_linear.prefetched_sectors(Tile(16, 32, 256, 2, 4), 2048) == 64
+    assert int4_linear.prefetched_sectors(Tile(16, 64, 256, 2, 4), 4096) == 32
+    assert int4_linear.prefetched_sectors(Tile(16, 64, 256, 2, 4, split_k=4), 2048) == 16
+    assert int4_linear.prefetched_sectors(Tile(128, 128, 64, 4, 4), 2048) == 0
 
 
 def test_split_keeps_every_part_worth_its_while():

@@ -1,0 +1,103 @@
+"""The product of one token against plain PyTorch: in the interpreter without a GPU, compiled with one."""
+
+import pytest
+import torch
+from lit_actreg_kernels import grid, int4_gemv, int4_linear, reference
+from lit_actreg_kernels.int4_gemv import GemvTile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TILES = [GemvTile(8, 4, 3, 1), GemvTile(4, 8, 1, 8)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills every torch.empty with NaN or the largest integer: what a kernel fails to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def problem(n, k, padding):
+    """Weight codes and what the linear takes besides x; rows padded to the 16 bytes the kernel asks for, and more."""
+    weight_codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    padded = torch.nn.functional.pad(weight_codes, (0, -k % 32 + padding))
+    weight = (torch.rand(n, 1) + 0.1, reference.weight_sums(weight_codes, 1))
+    return weight_codes, (grid.pack_int4(padded), torch.tensor([0.3]), torch.tensor([-2.0]), *weight)
+
+
+def run(x, layer, bias, residual, out_dtype, tile, act_bits=4):
+    arguments = [None if tensor is None else tensor.to(DEVICE) for tensor in (x, *layer, bias, residual)]
+    return int4_linear.int4_linear(*arguments, out_dtype, act_bits=act_bits, tile=tile).cpu()
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (33, 77), (65, 256), (31, 130), (100, 510)])
+@pytest.mark.parametrize("padding", [0, 32, 128])
+def test_integer_accumulators_are_equal(tile, n, k, padding):
+    weight_codes, (packed, *_, sums) = problem(n, k, padding)
+    codes = torch.randint(-128, 128, (1, k), dtype=torch.int8)
+    unit = (packed, torch.ones(1), torch.zeros(1), torch.ones(n, 1), sums)
+    acc = run(codes, unit, None, None, torch.float32, tile)
+    assert torch.equal(acc.long(), codes.long() @ weight_codes.long().T)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_extreme_codes_do_not_overflow(tile):
+    k = 8192  # 16 · 8 · 128 · 8192 needs 28 bits
+    packed = grid.pack_int4(torch.full((3, k), -8, dtype=torch.int8))
+    layer = (packed, torch.ones(1), torch.zeros(1), torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int32))
+    codes = torch.full((1, k), -128, dtype=torch.int8)
+    assert (run(codes, layer, None, None, torch.float32, tile) == 1024 * k).all()
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", TILES)
+def test_quantizing_inside_changes_nothing(tile, dtype, act_bits):
+    _, layer = problem(40, 300, 0)
+    x = (torch.randn(1, 300) * 2).to(dtype)
+    # Ties between two codes too: odd multiples of half a step.
+    x[0, :16] = ((torch.arange(16) - 8 + 0.5) * 0.3).to(dtype)
+    codes = reference.quantize_activation(x, layer[1], layer[2], act_bits)
+    inside = run(x, layer, None, None, torch.float32, tile, act_bits)
+    assert torch.equal(inside, run(codes, layer, None, None, torch.float32, tile))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extras", [False, True])
+def test_epilogue(dtype, extras):
+    weight_codes, layer = problem(70, 150, 0)
+    layer = (layer[0], layer[1], layer[2] + 0.25, *layer[3:])  # a real zero point
+    bias, residual = (torch.randn(70), torch.randn(1, 70).to(dtype)) if extras else (None, None)
+    codes = torch.randint(-8, 8, (1, 150), dtype=torch.int8)
+    expected = reference.int4_linear(codes, *layer, bias, residual, torch.float32)
+    # At most 4 float32 roundings, each half a unit of the terms' magnitude; then one to the output's dtype.
+    products = (codes.double() @ weight_codes.double().T).abs() + (layer[2] * layer[4].flatten()).abs()
+    terms = products * (layer[1] * layer[3].flatten()) + (bias.abs() + residual.abs().double() if extras else 0)
+    tolerance = 4 * 2**-24 * terms + (0 if dtype == torch.float32 else torch.finfo(dtype).eps * expected.abs())
+    y = run(codes, layer, bias, residual, dtype, None)
+    assert y.dtype == dtype
+    assert ((y.double() - expected).abs() <= tolerance).all()
+
+
+def test_repeated_runs_are_equal():
+    _, layer = problem(64, 512, 0)
+    x = torch.randn(1, 512)
+    first = run(x, layer, None, None, torch.float32, TILES[0])
+    assert all(torch.equal(first, run(x, layer, None, None, torch.float32, TILES[0])) for _ in range(3))
+
+
+def test_serves_one_token_in_aligned_rows():
+    packed = torch.zeros(4, 64, dtype=torch.uint8)
+    assert int4_gemv.serves(1, packed, 1)
+    assert not int4_gemv.serves(2, packed, 1)
+    assert not int4_gemv.serves(1, packed, 2)
+    assert not int4_gemv.serves(1, torch.zeros(4, 40, dtype=torch.uint8), 1)
+    assert not int4_gemv.serves(1, torch.zeros(1, 4 * int4_gemv.MAX_WORDS + 16, dtype=torch.uint8), 1)
+
+
+@pytest.mark.parametrize("num_bytes", [16, 512, 2048, 4096, 5504, 16384])
+def test_a_step_is_about_16_kib(num_bytes):
+    tile = int4_gemv.choose_gemv_tile(4096, num_bytes)
+    assert tile.block_n == 16 or 8192 <= tile.block_n * num_bytes <= 32768
