@@ -141,9 +141,7 @@ def _activation_fake_quantize(
 
 
 @_activation_fake_quantize.register_fake
-def _(
-    h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
-) -> Tensor:
+def _(h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
     _check_activation(h, low, high, gated, bits)
     return h.new_empty((*h.shape[:-1], h.shape[-1] // 2 if gated else h.shape[-1]))
 
