@@ -109,10 +109,9 @@ def _backward_kernel(
         g = tl.load(g_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)  # zero in the padding, as dv then is
         d_new = tl.load(d_new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
         factor = tl.load(statistics_ptr + num_rows + row)
-        if RMS:
-            normed = x * factor
-        else:
-            normed = (x - tl.load(statistics_ptr + row)) * factor
+        if not RMS:
+            x -= tl.load(statistics_ptr + row)
+        normed = x * factor
         value = normed * weight
         if HAS_BIAS:
             value += bias
@@ -159,7 +158,7 @@ def norm_fake_quantize(
     value_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x′ in the dtype of x (x itself without y), x̂ [..., K] in ``out_dtype``, and μ, 1/σ of the rows, float32 [2, M]."""
+    """x′ in the dtype of x (x itself without y), x̂ [..., K] in ``out_dtype``, and the rows' μ and 1/σ, float32 [2, M]."""
     num_columns = x.shape[-1]
     num_rows = x.numel() // max(1, num_columns)
     new = x if y is None else torch.empty_like(x)

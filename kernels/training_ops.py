@@ -348,7 +348,7 @@ _norm_fake_quantize.register_autograd(_backward_of_norm, setup_context=_keep_nor
 
 
 def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, gate, y, *parameters = inputs
+    _, gate, y, *parameters = inputs
     ctx.has_gate = gate is not None
     _keep_norm(ctx, output[0], output[2], tuple(parameters), y.dtype)
 
