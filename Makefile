@@ -8,7 +8,7 @@ SEEDS := 1 2 3
 MYPY = mkdir -p build/mypy && ln -sfn ../../plugins build/mypy/lit_actreg_plugins && \
   ln -sfn ../../kernels build/mypy/lit_actreg_kernels && MYPYPATH=build/mypy $(BIN)/mypy
 
-.PHONY: help demo demo-seeds test test-slow test-gpu bench lint
+.PHONY: help demo demo-seeds test test-slow test-gpu bench bench-train lint
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -58,11 +58,15 @@ test-slow: .venv/installed-dev  ## the tests that take minutes
 
 test-gpu:  ## kernel tests and those that need a GPU, in the environment at hand
 	$(PYTHON) -m pytest tests/test_act_quant.py tests/test_norm_quant.py tests/test_gelu_quant.py tests/test_int4_linear.py tests/test_ops.py tests/test_fake_quant.py \
-	  tests/test_decode_attention.py tests/test_int4_block.py tests/test_generate.py
+	  tests/test_decode_attention.py tests/test_int4_block.py tests/test_generate.py \
+	  tests/test_fake_quant_kernel.py tests/test_norm_fake_quant.py tests/test_gelu_fake_quant.py tests/test_training_ops.py
 
 bench:  ## the W4A4 linear and a 1 B W4A4 model against bf16 on this GPU, in the environment at hand
 	$(PYTHON) benchmarks/int4_linear.py
 	$(PYTHON) benchmarks/model_speed.py --size 1b
+
+bench-train:  ## what QAT and kurtosis cost a training step on this GPU, in the environment at hand
+	$(PYTHON) benchmarks/train_speed.py
 
 lint: .venv/installed-dev  ## format and check
 	$(BIN)/ruff format .

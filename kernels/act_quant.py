@@ -32,10 +32,29 @@ def round_half_even(x):
 
 
 @triton.jit
+def to_grid(x, scale, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
+    """Codes of x (any float dtype) as float32, a NaN as NaN; scale and zero point broadcast against x."""
+    u = tl.div_rn(x.to(tl.float32), scale) + zero_point
+    u = tl.maximum(u, Q_MIN * 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return round_half_even(tl.minimum(u, Q_MAX * 1.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def to_codes(x, scale, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
     """int8 codes of x (any float dtype) on the grid; scale and zero point broadcast against x."""
-    u = tl.div_rn(x.to(tl.float32), scale) + zero_point
-    return round_half_even(tl.minimum(tl.maximum(u, Q_MIN * 1.0), Q_MAX * 1.0)).to(tl.int8)
+    return to_grid(x, scale, zero_point, Q_MIN, Q_MAX).to(tl.int8)
+
+
+@triton.jit
+def grid_of_interval(low, high, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, INTEGER: tl.constexpr):
+    """Scale and zero point of the grid that spans [low, high]: :func:`.grid.grid_from_clips`."""
+    if INTEGER:
+        low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
+    scale = tl.maximum(tl.div_rn(high - low, (Q_MAX - Q_MIN) * 1.0), 1e-8)
+    zero_point = Q_MIN - tl.div_rn(low, scale)
+    if INTEGER:
+        zero_point = round_half_even(tl.minimum(tl.maximum(zero_point, Q_MIN * 1.0), Q_MAX * 1.0))
+    return scale, zero_point
 
 
 @triton.jit
@@ -81,9 +100,7 @@ def _per_token_kernel(
         for start in range(BLOCK_K, K, BLOCK_K):
             x = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0).to(tl.float32)
             low, high = tl.minimum(low, tl.min(x, 0)), tl.maximum(high, tl.max(x, 0))
-    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
-    scale = tl.maximum(tl.div_rn(high - low, (Q_MAX - Q_MIN) * 1.0), 1e-8)
-    zero_point = round_half_even(tl.minimum(tl.maximum(Q_MIN - tl.div_rn(low, scale), Q_MIN * 1.0), Q_MAX * 1.0))
+    scale, zero_point = grid_of_interval(low, high, Q_MIN, Q_MAX, INTEGER=True)
     tl.store(scale_ptr + row, scale)
     tl.store(zero_point_ptr + row, zero_point)
     if ONE_BLOCK:

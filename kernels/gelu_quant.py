@@ -20,6 +20,16 @@ _BLOCK = 1024
 
 
 @triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def swiglu(gate, up):
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _activation_kernel(
     x_ptr,
     q_ptr,
@@ -41,11 +51,10 @@ def _activation_kernel(
         x_in = tl.load(x_ptr + row * 2 * H + h, mask=inside, other=0.0)
         gate = x_in.to(tl.float32)
         up = tl.load(x_ptr + row * 2 * H + H + h, mask=inside, other=0.0).to(tl.float32)
-        y = gate / (1.0 + tl.exp(-gate)) * up
+        y = swiglu(gate, up)
     else:
         x_in = tl.load(x_ptr + row * H + h, mask=inside, other=0.0)
-        x = x_in.to(tl.float32)
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        y = gelu(x_in.to(tl.float32))
     scale = tl.load(scale_ptr)
     codes = to_codes(y.to(x_in.dtype), scale, tl.load(zero_point_ptr), Q_MIN, Q_MAX)
     tl.store(q_ptr + row * H + h, codes, mask=inside)

@@ -20,6 +20,17 @@ from torch import Tensor
 
 
 @triton.jit
+def normalize(x, inside, K, eps, RMS: tl.constexpr):
+    """(x − μ) / √(σ² + ε) of a row x, float32 and zero where not ``inside``; then μ (0 where RMS) and the factor."""
+    mean = 0.0
+    if not RMS:
+        mean = tl.sum(x, 0) / K
+        x = tl.where(inside, x - mean, 0.0)
+    factor = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / K + eps)
+    return x * factor, mean, factor
+
+
+@triton.jit
 def _norm_kernel(
     x_ptr,
     weight_ptr,
@@ -42,10 +53,7 @@ def _norm_kernel(
     k = tl.arange(0, BLOCK_K)
     inside = k < K
     x_in = tl.load(x_ptr + row * K + k, mask=inside, other=0.0)
-    x = x_in.to(tl.float32)
-    if not RMS:
-        x = tl.where(inside, x - tl.sum(x, 0) / K, 0.0)
-    y = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / K + eps))
+    y, _, _ = normalize(x_in.to(tl.float32), inside, K, eps, RMS)
     y = y * tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)

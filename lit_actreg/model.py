@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.contracts import LossTerm
+from lit_actreg.quant.fused import gelu_linear, norm_linear, swiglu_linear
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
 
 
@@ -84,21 +85,16 @@ class Block(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.kv_heads != c.num_heads)
         return y.transpose(1, 2).reshape(num_batch, num_tokens, c.width)
 
-    def activate(self, hidden: Tensor) -> Tensor:
-        """GELU of the hidden layer, or SiLU(gate) · up."""
-        if self.config.style == "neox":
-            return F.gelu(hidden)
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
     def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        outputs = {"qkv": self.qkv(self.norm_1(x_BTD))}
-        outputs["attn_proj"] = self.attn_proj(self.attend(outputs["qkv"], cos, sin, cache))
-        x_BTD = x_BTD + outputs["attn_proj"]
-        outputs["mlp_in"] = self.mlp_in(self.norm_2(x_BTD))
-        outputs["mlp_proj"] = self.mlp_proj(self.activate(outputs["mlp_in"]))
+        # norm → quantize → linear, activation → quantize → linear; the gate carries the residual's gradient (fused.py)
+        x_BTD, gate, qkv = norm_linear(self.norm_1, self.qkv, x_BTD)
+        attended = self.attn_proj(self.attend(qkv, cos, sin, cache))
+        x_BTD, _, hidden = norm_linear(self.norm_2, self.mlp_in, x_BTD, attended, gate)
+        activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
+        outputs = {"qkv": qkv, "attn_proj": attended, "mlp_in": hidden}
+        outputs["mlp_proj"] = activation_linear(self.mlp_proj, hidden)
         x_BTD = x_BTD + outputs["mlp_proj"]
         statistics = [term.statistic(outputs[site]) for term in self.loss_terms for site in term.sites]
         return x_BTD, torch.stack(statistics) if statistics else x_BTD.new_zeros(0, dtype=torch.float32)
@@ -144,6 +140,12 @@ class Decoder(nn.Module):
         for block in self.blocks:
             for site in SITES:
                 getattr(block, site).input_quantizer.configure(quant)
+
+    def set_fused(self, fused: bool | None) -> None:
+        """Where static sites run on the fused operators: everywhere, nowhere, or (None, as at first) on CUDA devices."""
+        for block in self.blocks:
+            for site in SITES:
+                getattr(block, site).input_quantizer.fused = fused
 
     def embed(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the blocks take: x [B, T, D] and the rotary cos and sin [T, E]."""

@@ -5,6 +5,8 @@ from when on and from which start is the clip schedule's business (:mod:`lit_act
 """
 
 import torch
+import torch.nn.functional as F
+from lit_actreg_kernels import training_ops
 from torch import Tensor, nn
 
 from lit_actreg.config import QuantConfig, Site
@@ -26,6 +28,8 @@ class InputQuantizer(nn.Module):
         enabled: While False, inputs with clips pass unchanged (before a delayed start). The clips then still take part
             in the graph, with zero gradients, as DistributedDataParallel wants. Changing it, or ``bits``, makes a
             compiled block compile once more.
+        fused: Whether a static grid's site runs on the fused operators (:mod:`lit_actreg.quant.fused`): None, on a CUDA
+            device; True and False, everywhere and nowhere (for tests and benchmarks).
     """
 
     def __init__(self, site: Site, config: QuantConfig, lower_bound: float | None = None) -> None:
@@ -33,6 +37,7 @@ class InputQuantizer(nn.Module):
         self.site = site
         self.lower_bound = lower_bound
         self.enabled = True
+        self.fused: bool | None = None
         self.configure(config)
         learned = self.mode in ("static", "clamp")
         # On a known bound c⁻ stays: learned, it rose above GELU's minimum and masked the whole negative lobe.
@@ -47,6 +52,14 @@ class InputQuantizer(nn.Module):
         self.bits = config.activation_bits
         self.mode = config.activations if self.site in config.sites else "none"
 
+    def fuses(self, x: Tensor) -> bool:
+        """Whether the fused operators stand for the formula, for an input on the device of x."""
+        return self.mode == "static" and self.enabled and (x.is_cuda if self.fused is None else self.fused)
+
+    def grid_options(self) -> tuple[int, bool, bool]:
+        """What the fused operators want to know: bits, whether zero is exact, whether outside gradients are masked."""
+        return self.bits, self.integer_zero_point, self.outside == "masked"
+
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "none":
             return x
@@ -54,6 +67,8 @@ class InputQuantizer(nn.Module):
             return fake_quantize_per_token(x, self.bits)
         if not self.enabled:
             return x + 0.0 * (self.low + self.high).to(x.dtype)
+        if self.fuses(x):
+            return training_ops.fake_quantize(x, self.low, self.high, *self.grid_options())
         rounds = self.mode == "static"
         return fake_quantize(x, self.low, self.high, self.bits, self.integer_zero_point, self.outside, rounds)
 
@@ -76,5 +91,9 @@ class QuantLinear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.input_quantizer = InputQuantizer(site, config, lower_bound)
 
+    def project(self, x_hat: Tensor) -> Tensor:
+        """W x̂ + b of an input that is on its grid already."""
+        return F.linear(x_hat, self.weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.input_quantizer(x))
+        return self.project(self.input_quantizer(x))

@@ -1,0 +1,227 @@
+"""What QAT and kurtosis regularization cost a training step (the paper's Table 4, arXiv 2404.03605), on one GPU.
+
+    python benchmarks/train_speed.py [--size 98m|125m|1b] [--rounds 8] [--profile]
+    python benchmarks/train_speed.py --size tiny --device cpu          # shows that it works; its times mean nothing
+
+Method: one model, one optimizer, one batch of random tokens; a variant is a setting of the model, so all share weights
+and memory. Blocks and loss are compiled, as ``fit`` with ``compile: true`` does. A step is forward, backward and fused
+AdamW under bfloat16 autocast, without accumulation, logging or data. Variants take turns round by round in one process,
+so that clocks and heat are shared; a turn is one step to warm up and STEPS timed ones; a figure is the median over
+rounds. Before that, the fused operators' gradients must agree with the formula's, or nothing is printed and the status
+is 1.
+
+Utilisation is model FLOPs over 989 TFLOP/s, an H100 SXM's dense bfloat16: a token costs 6 · N + 6 · L · D · T, with N
+the weights of all matrix products (head included), and causal attention half of 12 · L · D · T (L blocks, width D, T
+tokens of context); quantization, norms and recomputation count nothing (Narayanan et al., arXiv 2104.04473, appendix).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from lit_actreg.config import SITES, ModelConfig, QuantConfig
+from lit_actreg.contracts import LossTerm
+from lit_actreg.model import Decoder
+from lit_actreg.module import next_token_loss
+from lit_actreg.parallel import compile_blocks
+from lit_actreg.quant.clips import initial_clips
+from lit_actreg.quant.observe import observe_inputs
+from lit_actreg.quant.statistics import token_kurtosis
+
+STEPS = 4
+PEAK_FLOPS = 989e12
+KURTOSIS, KURTOSIS_WEIGHT = LossTerm(token_kurtosis), 1e-5
+# As configs/fit_<size>.yaml have them: blocks, width, heads, tied embeddings, vocabulary, sequences, context
+SIZES = {
+    "tiny": (2, 32, 2, True, 300, 2, 16),
+    "98m": (12, 768, 12, True, 16384, 64, 512),
+    "125m": (12, 768, 12, False, 32768, 16, 2048),
+    "1b": (24, 1920, 16, False, 32768, 8, 2048),
+}
+# Of the gradients of formula and fused operators. bfloat16 has 2^-8 of relative rounding, the compiler rounds at other
+# places than the operators, and a value that this moves over an edge takes the next code: on the order of 1 in 100, each
+# off by a whole step, 10 % of a layer's noise. A clip's gradient is a sum of such residuals. A lost gradient is 100 %.
+WEIGHT_TOLERANCE, CLIP_TOLERANCE = 16 * 2**-8, 0.25
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one row of the table sets up the model."""
+
+    name: str
+    activations: str
+    fused: bool
+    kurtosis: bool
+
+    def apply(self, model: Decoder) -> None:
+        model.set_activations(QuantConfig(activations=self.activations))  # type: ignore[arg-type]
+        model.set_fused(self.fused)
+        model.set_loss_terms((KURTOSIS,) if self.kurtosis else ())
+
+
+PLAIN = Variant("plain", "none", False, False)
+FORMULA = Variant("QAT, formula", "static", False, False)
+FUSED = Variant("QAT, fused", "static", True, False)
+VARIANTS = (PLAIN, FORMULA, FUSED, Variant("QAT, fused, kurtosis", "static", True, True))
+
+
+class Trainee:
+    """The model, its optimizer and its batch on one device."""
+
+    def __init__(self, size: str, device: str) -> None:
+        layers, width, heads, tied, vocab_size, num_sequences, context = SIZES[size]
+        torch.manual_seed(0)
+        self.config = ModelConfig(num_layers=layers, width=width, num_heads=heads, context=context, tie_embeddings=tied)
+        self.device = device
+        with torch.device(device):
+            self.model = Decoder(self.config, QuantConfig(), vocab_size)
+        self.batch = torch.randint(vocab_size, (num_sequences, context + 1), device=device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device == "cuda")
+        self.loss = next_token_loss
+        self.calibrate()
+        if device == "cuda":
+            compile_blocks(self.model)
+            self.loss = torch.compile(next_token_loss)  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Clips from the batch, as a fit has them after its first step."""
+
+        def observer(layer: int, site: str, linear: torch.nn.Module, x: Tensor) -> None:
+            q = linear.input_quantizer
+            low, high = initial_clips(x, "mse", q.bits, q.integer_zero_point, q.lower_bound)  # type: ignore
+            q.low.copy_(low)  # type: ignore
+            q.high.copy_(high)  # type: ignore
+
+        with torch.autocast(self.device, torch.bfloat16):
+            observe_inputs(self.model, self.batch[:2, :-1], observer)
+
+    def backward(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device, torch.bfloat16):
+            hidden, values = self.model(self.batch[:, :-1])
+            loss = self.loss(self.model.head, hidden, self.batch[:, 1:]) + KURTOSIS_WEIGHT * values.sum()
+        loss.backward()
+
+    def step(self) -> None:
+        self.backward()
+        self.optimizer.step()
+
+    def gradients(self, variant: Variant) -> dict[str, Tensor]:
+        variant.apply(self.model)
+        self.backward()
+        return {n: p.grad.float().clone() for n, p in self.model.named_parameters() if p.grad is not None}
+
+    def flops_per_token(self) -> float:
+        matrices = sum(getattr(b, site).weight.numel() for b in self.model.blocks for site in SITES)
+        attention = self.config.num_layers * self.config.width * self.config.context
+        return 6.0 * (matrices + self.model.head.weight.numel() + attention)
+
+    def clock(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def disagreement(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """What is wrong with the fused operators' gradients, one line a finding; prints how near they are."""
+    if expected.keys() != found.keys():
+        return [f"parameters with a gradient in one variant only: {sorted(expected.keys() ^ found.keys())}"]
+    wrong = []
+    for kind, tolerance in (("weights", WEIGHT_TOLERANCE), ("clips", CLIP_TOLERANCE)):
+        names = [name for name in expected if ("input_quantizer" in name) == (kind == "clips")]
+        distance = torch.stack([(expected[n] - found[n]).norm() for n in names]).norm()
+        error = (distance / torch.stack([expected[n].norm() for n in names]).norm()).item()
+        print(f"gradients of {kind}, fused against formula: relative difference {error:.2%}, allowed {tolerance:.2%}")
+        if not error <= tolerance:
+            wrong.append(f"the gradients of the {kind} differ by {error:.2%}")
+    lost = [name for name in expected if expected[name].any() and not found[name].any()]
+    return wrong + [f"no gradient reached {name}" for name in lost]
+
+
+def measure(trainee: Trainee, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Milliseconds a step of every round, and the highest peak of memory in GiB, by variant."""
+    times: dict[str, list[float]] = {v.name: [] for v in VARIANTS}
+    peaks = dict.fromkeys(times, 0.0)
+    for index in range(rounds):
+        for variant in VARIANTS[index % len(VARIANTS) :] + VARIANTS[: index % len(VARIANTS)]:
+            variant.apply(trainee.model)
+            trainee.step()
+            if trainee.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = trainee.clock()
+            for _ in range(STEPS):
+                trainee.step()
+            times[variant.name].append((trainee.clock() - start) / STEPS * 1e3)
+            if trainee.device == "cuda":
+                peaks[variant.name] = max(peaks[variant.name], torch.cuda.max_memory_allocated() / 2**30)
+    return times, peaks
+
+
+def print_table(trainee: Trainee, times: dict[str, list[float]], peaks: dict[str, float]) -> None:
+    tokens, flops = trainee.batch[:, 1:].numel(), trainee.flops_per_token()
+    print(f"{'':22}{'ms/step':>9}{'spread':>8}{'tokens/s':>11}{'of plain':>10}{'peak GiB':>10}{'memory':>8}{'MFU':>7}")
+    for name, found in times.items():
+        ms = statistics.median(found)
+        # paired: both of a round ran within the same second
+        ratio = statistics.median(p / v for p, v in zip(times[PLAIN.name], found, strict=True))
+        spread, rate = (max(found) - min(found)) / ms, tokens / ms * 1e3
+        memory = peaks[name] / peaks[PLAIN.name] if peaks[PLAIN.name] else float("nan")
+        print(
+            f"{name:22}{ms:9.2f}{spread:8.1%}{rate:11,.0f}{ratio:9.3f}x{peaks[name]:10.2f}{memory:7.2f}x"
+            f"{rate * flops / PEAK_FLOPS:7.1%}"
+        )
+
+
+def print_profile(trainee: Trainee, variant: Variant) -> None:
+    """The 15 kernels that take longest, by milliseconds a step."""
+    variant.apply(trainee.model)
+    trainee.step()
+    activity = ProfilerActivity.CUDA if trainee.device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as found:
+        for _ in range(STEPS):
+            trainee.step()
+        trainee.clock()
+    kind = "device" if trainee.device == "cuda" else "cpu"
+    events = sorted(found.key_averages(), key=lambda e: -getattr(e, f"self_{kind}_time_total"))
+    total = sum(getattr(e, f"self_{kind}_time_total") for e in events) / STEPS / 1e3
+    print(f"\n{variant.name}: {total:.2f} ms a step in kernels")
+    for e in events[:15]:
+        print(f"{getattr(e, f'self_{kind}_time_total') / STEPS / 1e3:8.3f} ms {e.count / STEPS:6.0f} × {e.key[:110]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="98m")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--profile", action="store_true", help="print the 15 longest kernels of every variant")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    trainee = Trainee(args.size, args.device)
+    wrong = disagreement(trainee.gradients(FORMULA), trainee.gradients(FUSED))
+    if wrong:
+        print("REFUSED: " + "; ".join(wrong))
+        return 1
+    for variant in VARIANTS:  # compiles
+        variant.apply(trainee.model)
+        trainee.step()
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"{args.size}, {list(trainee.batch[:, 1:].shape)} tokens a step, {name}, torch {torch.__version__}")
+    print(f"built and compiled in {trainee.clock() - start:.0f} s")
+    print_table(trainee, *measure(trainee, args.rounds))
+    if args.profile:
+        for variant in VARIANTS:
+            print_profile(trainee, variant)
+    print(f"{trainee.clock() - start:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

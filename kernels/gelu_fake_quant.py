@@ -1,0 +1,168 @@
+"""The MLP's non-linearity and the fake quantizer behind it for training: one pass forward, one pass backward.
+
+    y = GELU(h) = h Φ(h)            or   y = silu(gate) · up, h = [gate, up]            x̂ = fake quantization of y
+    dGELU/dh = Φ(h) + h φ(h)             silu′ = σ(gate) (1 + gate (1 − σ(gate)))
+
+y never goes to memory and is rounded to the dtype of h before it meets the grid, as it is where an activation function
+writes it. The backward pass reads h and g and writes dh: 6 bytes a bfloat16 element, the floor; the table of
+:mod:`.fake_quant` is applied to y, computed again.
+
+With one exponential for both, Φ and φ of the backward pass come from Abramowitz & Stegun 7.1.26,
+1 − Φ(|h|) = ½ e^(−h²/2) · (a₁t + … + a₅t⁵), t = 1 / (1 + p |h| / √2), to within 1e-7. The forward pass keeps erf, as
+kernels of inference have it (:mod:`.gelu_quant`).
+
+h contiguous [..., H] or, gated, [..., 2H]; clips [1]. Partial sums as in :mod:`.fake_quant`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through
+from lit_actreg_kernels.gelu_quant import gelu, swiglu
+from lit_actreg_kernels.grid import code_range
+from torch import Tensor
+
+_BLOCK = 1024  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
+_PROGRAMS_PER_PROCESSOR = 8
+
+
+@triton.jit
+def normal_distribution(h):
+    """Φ(h) and φ(h) of the standard normal distribution."""
+    exponential = tl.exp(-0.5 * h * h)
+    t = 1.0 / (1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(h))
+    p = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
+    tail = 0.5 * p * exponential
+    return tl.where(h > 0, 1.0 - tail, tail), 0.3989422804014327 * exponential
+
+
+@triton.jit
+def _forward_kernel(
+    h_ptr,
+    x_hat_ptr,
+    low_ptr,
+    high_ptr,
+    H,
+    GATED: tl.constexpr,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    INTEGER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tiles = tl.cdiv(H, BLOCK)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < H
+    if GATED:
+        h = tl.load(h_ptr + row * 2 * H + column, mask=inside, other=0.0)
+        up = tl.load(h_ptr + row * 2 * H + H + column, mask=inside, other=0.0)
+        y = swiglu(h.to(tl.float32), up.to(tl.float32))
+    else:
+        h = tl.load(h_ptr + row * H + column, mask=inside, other=0.0)
+        y = gelu(h.to(tl.float32))
+    scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
+    x_hat = on_grid(y.to(h.dtype), scale, zero_point, Q_MIN, Q_MAX)
+    tl.store(x_hat_ptr + row * H + column, x_hat.to(h.dtype), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    g_ptr,
+    h_ptr,
+    dh_ptr,
+    clips_ptr,
+    low_ptr,
+    high_ptr,
+    num_rows,
+    H,
+    GATED: tl.constexpr,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    INTEGER: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
+    sum_low, sum_high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    dtype = h_ptr.dtype.element_ty
+    tiles = tl.cdiv(H, BLOCK)
+    for tile in tl.range(tl.program_id(0), num_rows * tiles, tl.num_programs(0)):
+        row = tl.cast(tile // tiles, tl.int64)
+        column = tl.cast(tile % tiles, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < H
+        g = tl.load(g_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            at = row * 2 * H + column
+            gate = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(h_ptr + at + H, mask=inside, other=0.0).to(tl.float32)
+            sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+            y = gate * sigmoid * up
+        else:
+            at = row * H + column
+            h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            cumulative, density = normal_distribution(h)
+            y = h * cumulative
+        y = y.to(dtype).to(tl.float32)
+        dy, d_low, d_high = straight_through(y, g, scale, zero_point, Q_MIN, Q_MAX, MASKED)
+        sum_low += d_low
+        sum_high += d_high
+        if GATED:
+            d_gate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            tl.store(dh_ptr + at, d_gate.to(dtype), mask=inside)
+            tl.store(dh_ptr + at + H, (dy * gate * sigmoid).to(dtype), mask=inside)
+        else:
+            tl.store(dh_ptr + at, (dy * (cumulative + h * density)).to(dtype), mask=inside)
+    store_clip_sums(clips_ptr, sum_low, sum_high)
+
+
+def num_programs(device: torch.device) -> int:
+    return programs_for(device, _PROGRAMS_PER_PROCESSOR)
+
+
+def _rows(h: Tensor, gated: bool) -> tuple[int, int]:
+    """Rows and columns of the walk; without a gate the rows do not matter, and all is one."""
+    width = h.shape[-1] // 2
+    return (h.numel() // max(1, 2 * width), width) if gated else (1, h.numel())
+
+
+def activation_fake_quantize(
+    h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool
+) -> Tensor:
+    """x̂ [..., H], in the dtype of h, of GELU(h), h [..., H], or of SwiGLU where ``gated``, h [..., 2H]."""
+    x_hat = h.new_empty((*h.shape[:-1], h.shape[-1] // 2)) if gated else torch.empty_like(h)
+    if x_hat.numel():
+        rows, width = _rows(h, gated)
+        q_min, q_max = code_range(bits)
+        _forward_kernel[(rows * triton.cdiv(width, _BLOCK),)](
+            h, x_hat, low, high, width, gated, q_min, q_max, integer_zero_point, BLOCK=_BLOCK, num_warps=4
+        )
+    return x_hat
+
+
+def activation_fake_quantize_backward(
+    g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
+) -> tuple[Tensor, Tensor]:
+    """dh in the dtype of h, and partial sums of dc⁻ and dc⁺, float32 [2, programs]."""
+    dh = torch.empty_like(h)
+    rows, width = _rows(h, gated)
+    programs = num_programs(h.device)
+    clips = h.new_empty((2, programs), dtype=torch.float32)
+    q_min, q_max = code_range(bits)
+    _backward_kernel[(programs,)](
+        g,
+        h,
+        dh,
+        clips,
+        low,
+        high,
+        rows,
+        width,
+        gated,
+        q_min,
+        q_max,
+        integer_zero_point,
+        masked,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    return dh, clips

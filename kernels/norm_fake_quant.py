@@ -1,0 +1,251 @@
+"""Residual addition, LayerNorm or RMSNorm and the fake quantizer behind it for training: one pass each way.
+
+    x′ = x + y        n = (x′ − μ) / √(σ² + ε)        v = n · w + b        x̂ = fake quantization of v
+
+(RMSNorm: μ = 0, no b.) The backward pass reads x′, the gradient g of x̂ and the gradient d′ that x′ gets from elsewhere
+(the residual connection), computes n and v again from the saved μ and 1/σ, and writes the whole gradient of x and y:
+
+    dv, dc⁻, dc⁺ from g (:mod:`.fake_quant`)        dw = Σ_rows dv · n        db = Σ_rows dv
+    dx = d′ + (dv·w − mean(dv·w) − n · mean(dv·w·n)) / σ        (RMSNorm without the first mean)
+
+A fixed number of programs walks over the rows and keeps its share of dw and db in registers; PyTorch adds the shares,
+so sums are deterministic. Bytes an element, with a float32 stream and bfloat16 y, x̂: 12 forward, 16 backward.
+
+v is rounded to ``value_dtype`` before it meets the grid: to what the norm alone would have written (float32 under
+autocast). Statistics as in :mod:`.norm_quant`; K ≤ 65,536, all float dtypes but float64, tensors contiguous.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through
+from lit_actreg_kernels.grid import code_range
+from lit_actreg_kernels.norm_quant import normalize
+from torch import Tensor
+
+_PROGRAMS_PER_PROCESSOR = 4
+_STAGES = 2  # rows in flight a program: the next one loads while this one is summed
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    low_ptr,
+    high_ptr,
+    new_ptr,
+    x_hat_ptr,
+    statistics_ptr,
+    K,
+    eps,
+    RMS: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    VALUE_DTYPE: tl.constexpr,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    INTEGER: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    inside = k < K
+    x = tl.load(x_ptr + row * K + k, mask=inside, other=0.0)
+    if HAS_Y:
+        x = (x.to(tl.float32) + tl.load(y_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(new_ptr + row * K + k, x, mask=inside)
+    value, mean, factor = normalize(x.to(tl.float32), inside, K, eps, RMS)
+    value = value * tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
+    x_hat = on_grid(value.to(VALUE_DTYPE), scale, zero_point, Q_MIN, Q_MAX)
+    tl.store(x_hat_ptr + row * K + k, x_hat.to(x_hat_ptr.dtype.element_ty), mask=inside)
+    tl.store(statistics_ptr + row, mean)
+    tl.store(statistics_ptr + tl.num_programs(0) + row, factor)
+
+
+@triton.jit
+def _backward_kernel(
+    g_ptr,
+    d_new_ptr,
+    new_ptr,
+    statistics_ptr,
+    weight_ptr,
+    bias_ptr,
+    low_ptr,
+    high_ptr,
+    dx_ptr,
+    dy_ptr,
+    parameters_ptr,
+    clips_ptr,
+    num_rows,
+    K,
+    RMS: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    VALUE_DTYPE: tl.constexpr,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    INTEGER: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    k = tl.arange(0, BLOCK_K)
+    inside = k < K
+    weight = tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
+    sum_low, sum_high = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    sum_weight, sum_bias = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    for index in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(index, tl.int64)
+        x = tl.load(new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)  # zero in the padding, as dv then is
+        d_new = tl.load(d_new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(statistics_ptr + num_rows + row)
+        if not RMS:
+            x -= tl.load(statistics_ptr + row)
+        normed = x * factor
+        value = normed * weight
+        if HAS_BIAS:
+            value += bias
+        value = value.to(VALUE_DTYPE).to(tl.float32)
+        dv, d_low, d_high = straight_through(value, g, scale, zero_point, Q_MIN, Q_MAX, MASKED)
+        sum_low += d_low
+        sum_high += d_high
+        sum_weight += dv * normed
+        sum_bias += dv
+        weighted = dv * weight
+        dx = weighted - normed * (tl.sum(weighted * normed, 0) / K)
+        if not RMS:
+            dx -= tl.sum(weighted, 0) / K
+        dx = dx * factor + d_new
+        tl.store(dx_ptr + row * K + k, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if HAS_Y:
+            tl.store(dy_ptr + row * K + k, dx.to(dy_ptr.dtype.element_ty), mask=inside)
+    store_clip_sums(clips_ptr, sum_low, sum_high)
+    program = tl.program_id(0)
+    tl.store(parameters_ptr + program * K + k, sum_weight, mask=inside)
+    tl.store(parameters_ptr + (tl.num_programs(0) + program) * K + k, sum_bias, mask=inside)
+
+
+def num_programs(device: torch.device) -> int:
+    return programs_for(device, _PROGRAMS_PER_PROCESSOR)
+
+
+def _num_warps(block: int) -> int:
+    """8 elements a thread where that is possible: nine float32 values of each are alive in the backward pass."""
+    return max(1, min(16, block // 256))
+
+
+def norm_fake_quantize(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    eps: float,
+    rms: bool,
+    bits: int,
+    integer_zero_point: bool,
+    value_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x′ in the dtype of x (x itself without y), x̂ [..., K] in ``out_dtype``, and the rows' μ and 1/σ, float32 [2, M]."""
+    num_columns = x.shape[-1]
+    num_rows = x.numel() // max(1, num_columns)
+    new = x if y is None else torch.empty_like(x)
+    x_hat = torch.empty_like(x, dtype=out_dtype)
+    statistics = x.new_empty((2, num_rows), dtype=torch.float32)
+    if x.numel():
+        q_min, q_max = code_range(bits)
+        block = triton.next_power_of_2(num_columns)
+        _forward_kernel[(num_rows,)](
+            x,
+            y,
+            weight,
+            bias,
+            low,
+            high,
+            new,
+            x_hat,
+            statistics,
+            num_columns,
+            eps,
+            RMS=rms,
+            HAS_Y=y is not None,
+            HAS_BIAS=bias is not None,
+            VALUE_DTYPE=_DTYPES[value_dtype],
+            Q_MIN=q_min,
+            Q_MAX=q_max,
+            INTEGER=integer_zero_point,
+            BLOCK_K=block,
+            num_warps=_num_warps(block),
+        )
+    return new, x_hat, statistics
+
+
+def norm_fake_quantize_backward(
+    g: Tensor,
+    d_new: Tensor,
+    new: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    rms: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    value_dtype: torch.dtype,
+    y_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx in the dtype of x′, dy in ``y_dtype`` (empty without), and partial sums.
+
+    These are dw and db, float32 [2, programs, K], and dc⁻ and dc⁺, float32 [2, programs].
+    """
+    num_columns = new.shape[-1]
+    num_rows = new.numel() // max(1, num_columns)
+    dx = torch.empty_like(new)
+    dy = new.new_empty(0) if y_dtype is None else torch.empty_like(new, dtype=y_dtype)
+    block = triton.next_power_of_2(num_columns)
+    programs = num_programs(new.device)
+    parameters = new.new_empty((2, programs, num_columns), dtype=torch.float32)
+    clips = new.new_empty((2, programs), dtype=torch.float32)
+    q_min, q_max = code_range(bits)
+    _backward_kernel[(programs,)](
+        g,
+        d_new,
+        new,
+        statistics,
+        weight,
+        bias,
+        low,
+        high,
+        dx,
+        dy,
+        parameters,
+        clips,
+        num_rows,
+        num_columns,
+        RMS=rms,
+        HAS_Y=y_dtype is not None,
+        HAS_BIAS=bias is not None,
+        VALUE_DTYPE=_DTYPES[value_dtype],
+        Q_MIN=q_min,
+        Q_MAX=q_max,
+        INTEGER=integer_zero_point,
+        MASKED=masked,
+        BLOCK_K=block,
+        STAGES=_STAGES,
+        num_warps=_num_warps(block),
+    )
+    return dx, dy, parameters, clips

@@ -1,0 +1,381 @@
+"""The fused fake-quantizing operators of training, as PyTorch operators with gradients (namespace ``lit_actreg``).
+
+    fake_quantize             x → x̂
+    gelu_fake_quantize        h → x̂ of GELU(h);           swiglu_fake_quantize        [gate, up] → x̂ of silu(gate) · up
+    norm_fake_quantize        x → x̂ of norm(x), gate
+    add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′)
+
+Each is a ``torch.library.custom_op`` whose backward is one too, so torch.compile takes both whole, and activation
+checkpointing, DDP and FSDP2 see ordinary operators. Triton on a GPU (sm_80 or later), :mod:`.training_reference`
+elsewhere; float64 runs on the reference alone. Sums over tokens leave a backward as partial sums, one a program, and
+are added here, where the compiler fuses the additions.
+
+The *gate* of ``norm_fake_quantize`` is how the gradient of the residual connection gets into the norm's backward pass,
+where adding it costs one read; added outside, it costs two reads and a write of the whole stream. It is a zero in the
+shape of x that takes no memory (all strides 0), and stands for x in the graph: give it with x to what comes next,
+whose value is that of x + gate and whose gradient flows to the gate alone.
+
+Clips c⁻ < c⁺ are [1]; ``masked`` says that an x outside them has no gradient. A mistake in the arguments raises a
+ValueError of one line, already while compiling.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from lit_actreg_kernels import training_reference
+from lit_actreg_kernels.ops import FLOAT_DTYPES, MAX_NORM_COLUMNS, has_triton_kernels
+from torch import Tensor
+
+
+def _implementation(x: Tensor, module: str) -> ModuleType:
+    if x.is_cuda and has_triton_kernels(x.device.index):
+        return importlib.import_module(f"lit_actreg_kernels.{module}")
+    return training_reference
+
+
+def _check(x: Tensor, low: Tensor, high: Tensor, bits: int) -> None:
+    if x.dtype not in FLOAT_DTYPES and (x.dtype != torch.float64 or x.is_cuda):
+        raise ValueError(f"x is {x.dtype}: cast it to float32, bfloat16 or float16")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"activation bits {bits} is out of range: choose 2 to 8")
+    for name, clip in (("low", low), ("high", high)):
+        if clip.numel() != 1:
+            raise ValueError(f"{name} has shape {list(clip.shape)}: a static grid has one clip of shape [1]")
+        if clip.device != x.device:
+            raise ValueError(f"{name} is on {clip.device}, x on {x.device}: move it there")
+
+
+def _check_norm(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, rms: bool) -> None:
+    if x.shape[-1] > MAX_NORM_COLUMNS:
+        raise ValueError(f"x has {x.shape[-1]} columns: the fused norm takes {MAX_NORM_COLUMNS}")
+    if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
+        raise ValueError(f"the norm's weight and bias must have shape [{x.shape[-1]}], as x has columns")
+    if rms and bias is not None:
+        raise ValueError("RMSNorm has no bias: pass None")
+    if y is not None and (y.shape != x.shape or torch.promote_types(x.dtype, y.dtype) != x.dtype):
+        raise ValueError(f"y {y.dtype} {list(y.shape)} cannot be added to x {x.dtype} {list(x.shape)}: cast or expand")
+
+
+def _check_activation(h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int) -> None:
+    _check(h, low, high, bits)
+    if gated and h.shape[-1] % 2:
+        raise ValueError(f"h has {h.shape[-1]} columns: SwiGLU takes a gate and an up half, an even number")
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _empty_partial(x: Tensor, module: str, *shape: int) -> Tensor:
+    """What the partial sums look like, for the compiler."""
+    return x.new_empty((2, _implementation(x, module).num_programs(x.device), *shape), dtype=_wide_dtype(x))
+
+
+def _empty_statistics(x: Tensor) -> Tensor:
+    return x.new_empty((2, x.numel() // max(1, x.shape[-1])), dtype=_wide_dtype(x))
+
+
+def _clip_gradients(ctx: Any, partial: Tensor) -> tuple[Tensor, Tensor]:
+    """dc⁻ and dc⁺ [1], in the clips' dtypes, from partial sums [2, programs]."""
+    low, high = partial.sum(1, keepdim=True).unbind()
+    return low.to(ctx.clip_dtype), high.to(ctx.clip_dtype)
+
+
+# x → x̂
+
+
+@torch.library.custom_op("lit_actreg::fake_quantize", mutates_args=())
+def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
+    """x̂ of x [...], in its dtype."""
+    _check(x, low, high, bits)
+    return _implementation(x, "fake_quant").fake_quantize(x.contiguous(), low, high, bits, integer_zero_point)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
+    _check(x, low, high, bits)
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("lit_actreg::fake_quantize_backward", mutates_args=())
+def _fake_quantize_backward(
+    g: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
+) -> tuple[Tensor, Tensor]:
+    function = _implementation(x, "fake_quant").fake_quantize_backward
+    return function(g.contiguous(), x.contiguous(), low, high, bits, integer_zero_point, masked)
+
+
+@_fake_quantize_backward.register_fake
+def _(
+    g: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _empty_partial(x, "fake_quant")
+
+
+def _keep_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, low, high, *ctx.options = inputs
+    ctx.clip_dtype = low.dtype
+    ctx.save_for_backward(x, low, high)
+
+
+def _backward_of_fake_quantize(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    dx, clips = _fake_quantize_backward(g, *ctx.saved_tensors, *ctx.options)
+    return dx, *_clip_gradients(ctx, clips), None, None, None
+
+
+fake_quantize.register_autograd(_backward_of_fake_quantize, setup_context=_keep_fake_quantize)
+
+
+# The MLP's activation: h → x̂
+
+
+@torch.library.custom_op("lit_actreg::activation_fake_quantize", mutates_args=())
+def _activation_fake_quantize(
+    h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
+) -> Tensor:
+    _check_activation(h, low, high, gated, bits)
+    function = _implementation(h, "gelu_fake_quant").activation_fake_quantize
+    return function(h.contiguous(), low, high, gated, bits, integer_zero_point)
+
+
+@_activation_fake_quantize.register_fake
+def _(h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
+    _check_activation(h, low, high, gated, bits)
+    return h.new_empty((*h.shape[:-1], h.shape[-1] // 2 if gated else h.shape[-1]))
+
+
+@torch.library.custom_op("lit_actreg::activation_fake_quantize_backward", mutates_args=())
+def _activation_backward(
+    g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
+) -> tuple[Tensor, Tensor]:
+    function = _implementation(h, "gelu_fake_quant").activation_fake_quantize_backward
+    return function(g.contiguous(), h.contiguous(), low, high, gated, bits, integer_zero_point, masked)
+
+
+@_activation_backward.register_fake
+def _(
+    g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
+) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), _empty_partial(h, "gelu_fake_quant")
+
+
+def _backward_of_activation(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    dh, clips = _activation_backward(g, *ctx.saved_tensors, *ctx.options)
+    return dh, *_clip_gradients(ctx, clips), None, None, None, None
+
+
+_activation_fake_quantize.register_autograd(_backward_of_activation, setup_context=_keep_fake_quantize)
+
+
+def gelu_fake_quantize(
+    h: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
+) -> Tensor:
+    """x̂ of GELU(h) (the exact one, with erf), h [..., H]; GELU's value is rounded to the dtype of h first."""
+    return _activation_fake_quantize(h, low, high, False, bits, integer_zero_point, masked)
+
+
+def swiglu_fake_quantize(
+    h: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
+) -> Tensor:
+    """x̂ [..., H] of silu(gate) · up for h = [gate, up] [..., 2H]; the product is rounded to the dtype of h first."""
+    return _activation_fake_quantize(h, low, high, True, bits, integer_zero_point, masked)
+
+
+# The norms: x → x̂, gate; and x, y → x′, x̂
+
+
+@torch.library.custom_op("lit_actreg::norm_fake_quantize", mutates_args=())
+def _norm_fake_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    eps: float,
+    rms: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    value_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, low, high, bits)
+    _check_norm(x, None, weight, bias, rms)
+    _, x_hat, statistics = _implementation(x, "norm_fake_quant").norm_fake_quantize(
+        x.contiguous(), None, weight, bias, low, high, eps, rms, bits, integer_zero_point, value_dtype, out_dtype
+    )
+    return x_hat, x.new_zeros(()).expand(x.shape), statistics
+
+
+@_norm_fake_quantize.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    eps: float,
+    rms: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    value_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, low, high, bits)
+    _check_norm(x, None, weight, bias, rms)
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_zeros(()).expand(x.shape), _empty_statistics(x)
+
+
+@torch.library.custom_op("lit_actreg::add_norm_fake_quantize", mutates_args=())
+def _add_norm_fake_quantize(
+    x: Tensor,
+    gate: Tensor | None,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    eps: float,
+    rms: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    value_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, low, high, bits)
+    _check_norm(x, y, weight, bias, rms)
+    function, y = _implementation(x, "norm_fake_quant").norm_fake_quantize, y.contiguous()
+    return function(
+        x.contiguous(), y, weight, bias, low, high, eps, rms, bits, integer_zero_point, value_dtype, out_dtype
+    )
+
+
+@_add_norm_fake_quantize.register_fake
+def _(
+    x: Tensor,
+    gate: Tensor | None,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    eps: float,
+    rms: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    value_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, low, high, bits)
+    _check_norm(x, y, weight, bias, rms)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), _empty_statistics(x)
+
+
+@torch.library.custom_op("lit_actreg::norm_fake_quantize_backward", mutates_args=())
+def _norm_backward(
+    g: Tensor,
+    d_new: Tensor,
+    new: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    rms: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    value_dtype: torch.dtype,
+    y_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    function, rest = _implementation(new, "norm_fake_quant").norm_fake_quantize_backward, (statistics, weight, bias)
+    options = (rms, bits, integer_zero_point, masked, value_dtype, y_dtype)
+    return function(g.contiguous(), d_new.contiguous(), new.contiguous(), *rest, low, high, *options)
+
+
+@_norm_backward.register_fake
+def _(
+    g: Tensor,
+    d_new: Tensor,
+    new: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    rms: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    value_dtype: torch.dtype,
+    y_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy = new.new_empty(0) if y_dtype is None else new.new_empty(new.shape, dtype=y_dtype)
+    partial = (_empty_partial(new, "norm_fake_quant", *new.shape[-1:]), _empty_partial(new, "norm_fake_quant"))
+    return new.new_empty(new.shape), dy, *partial
+
+
+def _keep_norm(ctx: Any, new: Tensor, statistics: Tensor, parameters: tuple[Any, ...], y_dtype: Any) -> None:
+    weight, bias, low, high, _, *options, _ = parameters
+    ctx.clip_dtype, ctx.weight_dtype = low.dtype, weight.dtype
+    ctx.has_bias, ctx.options = bias is not None, (*options, y_dtype)
+    ctx.save_for_backward(new, statistics, weight, bias, low, high)
+
+
+def _parameter_gradients(ctx: Any, g: Tensor, d_new: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """dx, dy, and the gradients of weight to ``out_dtype`` in the operators' order."""
+    dx, dy, parameters, clips = _norm_backward(g, d_new, *ctx.saved_tensors, *ctx.options)
+    d_weight, d_bias = parameters.sum(1).to(ctx.weight_dtype).unbind()
+    rest = (d_weight, d_bias if ctx.has_bias else None, *_clip_gradients(ctx, clips), *[None] * 7)
+    return dx, dy, rest
+
+
+def _keep_norm_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep_norm(ctx, inputs[0], output[2], inputs[1:], None)
+
+
+def _backward_of_norm(ctx: Any, g: Tensor, d_gate: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    dx, _, rest = _parameter_gradients(ctx, g, d_gate)
+    return dx, *rest
+
+
+_norm_fake_quantize.register_autograd(_backward_of_norm, setup_context=_keep_norm_fake_quantize)
+
+
+def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, gate, y, *parameters = inputs
+    ctx.has_gate = gate is not None
+    _keep_norm(ctx, output[0], output[2], tuple(parameters), y.dtype)
+
+
+def _backward_of_add_norm(ctx: Any, d_new: Tensor, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dy, rest = _parameter_gradients(ctx, g, d_new)
+    return (None, dx, dy, *rest) if ctx.has_gate else (dx, None, dy, *rest)
+
+
+_add_norm_fake_quantize.register_autograd(_backward_of_add_norm, setup_context=_keep_add_norm)
+
+
+def norm_fake_quantize(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """x̂ of the norm of x [..., K], and the gate (see the module).
+
+    Args:
+        arguments: weight [K], bias [K] or None, low, high, eps, rms, bits, integer_zero_point, masked; the dtype to
+            which the norm's value is rounded before the grid, and the dtype of x̂.
+    """
+    x_hat, gate, _ = _norm_fake_quantize(x, *arguments)
+    return x_hat, gate
+
+
+def add_norm_fake_quantize(x: Tensor, gate: Tensor | None, y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """x′ = x + y in the dtype of x, and x̂ of its norm; ``arguments`` as for :func:`norm_fake_quantize`.
+
+    With a gate, the gradient of x goes there instead of to x.
+    """
+    new, x_hat, _ = _add_norm_fake_quantize(x, gate, y, *arguments)
+    return new, x_hat

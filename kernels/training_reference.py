@@ -1,0 +1,139 @@
+"""Plain PyTorch ground truth of the fused training operators, gradients written out: what a CPU runs, in any precision.
+
+The functions mirror those of :mod:`.fake_quant`, :mod:`.gelu_fake_quant` and :mod:`.norm_fake_quant`, where the
+formulas stand; here the partial sums have one program. Arithmetic is float32, or float64 for float64 inputs.
+"""
+
+import math
+
+import torch
+from lit_actreg_kernels import grid
+from torch import Tensor
+from torch.nn import functional
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def num_programs(device: torch.device) -> int:
+    return 1
+
+
+def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool) -> Tensor:
+    """x̂ of x [...], in its dtype."""
+    scale, zero_point = grid.grid_from_clips(_wide(low), _wide(high), bits, integer_zero_point)
+    q_min, q_max = grid.code_range(bits)
+    codes = (_wide(x) / scale + zero_point).round().clamp(q_min, q_max)
+    return ((codes - zero_point) * scale).to(x.dtype)
+
+
+def _straight_through(
+    x: Tensor, g: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
+) -> tuple[Tensor, Tensor]:
+    """dx of wide x and g, and the sums of dc⁻ and dc⁺ [2, 1]."""
+    scale, zero_point = grid.grid_from_clips(_wide(low), _wide(high), bits, integer_zero_point)
+    q_min, q_max = grid.code_range(bits)
+    u = x / scale + zero_point
+    above, below = x >= (q_max - zero_point) * scale, x <= (q_min - zero_point) * scale
+    outside = above | below
+    rounded = torch.where(outside, 0.0, (u - u.round()) / (q_max - q_min)) * g
+    d_low = torch.where(below, g, 0.0) + rounded
+    d_high = torch.where(above, g, 0.0) - rounded
+    return torch.where(outside, 0.0, g) if masked else g, torch.stack([d_low.sum(), d_high.sum()])[:, None]
+
+
+def fake_quantize_backward(
+    g: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
+) -> tuple[Tensor, Tensor]:
+    """dx in the dtype of x; dc⁻, dc⁺ [2, 1]."""
+    dx, clips = _straight_through(_wide(x), _wide(g), low, high, bits, integer_zero_point, masked)
+    return dx.to(x.dtype, copy=True), clips  # a copy: an operator must not return its argument
+
+
+def _activation(h: Tensor, gated: bool) -> Tensor:
+    if not gated:
+        return functional.gelu(h)
+    gate, up = h.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def activation_fake_quantize(
+    h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool
+) -> Tensor:
+    """x̂ [..., H] of GELU(h), h [..., H], or of SwiGLU, h = [gate, up] [..., 2H]."""
+    return fake_quantize(_activation(_wide(h), gated).to(h.dtype), low, high, bits, integer_zero_point)
+
+
+def activation_fake_quantize_backward(
+    g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
+) -> tuple[Tensor, Tensor]:
+    """dh in the dtype of h; dc⁻, dc⁺ [2, 1]."""
+    wide = _wide(h)
+    y = _wide(_activation(wide, gated).to(h.dtype))
+    dy, clips = _straight_through(y, _wide(g), low, high, bits, integer_zero_point, masked)
+    if gated:
+        gate, up = wide.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        dh = torch.cat([dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid], dim=-1)
+    else:
+        cumulative = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
+        dh = dy * (cumulative + wide * torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi))
+    return dh.to(h.dtype), clips
+
+
+def norm_fake_quantize(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    eps: float,
+    rms: bool,
+    bits: int,
+    integer_zero_point: bool,
+    value_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x′ = x + y (x itself without y), x̂ of its norm in ``out_dtype``, and μ, 1/σ of the rows [2, M]."""
+    new = x if y is None else (_wide(x) + _wide(y)).to(x.dtype)
+    wide = _wide(new)
+    mean = torch.zeros_like(wide[..., 0]) if rms else wide.mean(-1)
+    factor = ((wide - mean[..., None]).square().mean(-1) + eps).rsqrt()
+    value = (wide - mean[..., None]) * factor[..., None] * _wide(weight)
+    value = (value if bias is None else value + _wide(bias)).to(value_dtype)
+    x_hat = fake_quantize(value, low, high, bits, integer_zero_point).to(out_dtype)
+    return new, x_hat, torch.stack([mean.flatten(), factor.flatten()])
+
+
+def norm_fake_quantize_backward(
+    g: Tensor,
+    d_new: Tensor,
+    new: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    rms: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    value_dtype: torch.dtype,
+    y_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx in the dtype of x′, dy in ``y_dtype`` (empty without); dw and db [2, 1, K]; dc⁻, dc⁺ [2, 1]."""
+    mean, factor = statistics.view(2, *new.shape[:-1], 1)
+    normed = (_wide(new) - mean) * factor
+    value = normed * _wide(weight)
+    value = _wide((value if bias is None else value + _wide(bias)).to(value_dtype))
+    dv, clips = _straight_through(value, _wide(g), low, high, bits, integer_zero_point, masked)
+    parameters = torch.stack([(dv * normed).flatten(0, -2).sum(0), dv.flatten(0, -2).sum(0)])[:, None]
+    weighted = dv * _wide(weight)
+    dx = weighted - normed * (weighted * normed).mean(-1, keepdim=True)
+    if not rms:
+        dx = dx - weighted.mean(-1, keepdim=True)
+    dx = dx * factor + _wide(d_new)
+    dy = new.new_empty(0) if y_dtype is None else dx.to(y_dtype, copy=True)
+    return dx.to(new.dtype), dy, parameters, clips

@@ -1,0 +1,81 @@
+"""A linear with what stands before it, in one operator where that is possible: norm → quantize → linear.
+
+Every function here says what is computed twice: as the plain modules, and as the fused operator of
+:mod:`lit_actreg_kernels.training_ops` with the same values (codes are equal but for the last bit of a norm or an
+activation) and the same gradients. The operators read and write each tensor once, where a compiler's code for the
+plain path makes several passes over it in the backward pass.
+
+Which path runs is :func:`fuses`: the fused one for a static grid on a CUDA device, or wherever
+``InputQuantizer.fused`` says so. A hook on the linear or on its quantizer means that somebody wants to see the linear's
+raw input, which the fused path never makes; then, too, the plain one runs.
+"""
+
+import torch
+import torch.nn.functional as F
+from lit_actreg_kernels import training_ops
+from torch import Tensor, nn
+
+from lit_actreg.quant.linear import QuantLinear
+
+
+def fuses(linear: nn.Module, x: Tensor) -> bool:
+    """Whether ``linear``'s quantizer is fused with what comes before it, for an input made from x."""
+    if not isinstance(linear, QuantLinear) or not linear.input_quantizer.fuses(x):
+        return False
+    modules = (linear, linear.input_quantizer)
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def norm_linear(
+    norm: nn.LayerNorm | nn.RMSNorm, linear: nn.Module, x: Tensor, y: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x′ = x + y (x without y) and linear(norm(x′)): [..., K] → [..., K], gate, [..., N].
+
+    Args:
+        gate: What the norm before returned for this x: the gradient of x goes there (the operators' docstring).
+    """
+    if not fuses(linear, x):
+        if gate is not None:
+            x = x.detach() + gate
+        x = x if y is None else x + y
+        return x, None, linear(norm(x))
+    assert isinstance(linear, QuantLinear)
+    quantizer = linear.input_quantizer
+    value_dtype, out_dtype = x.dtype, x.dtype
+    if torch.is_autocast_enabled(x.device.type):  # norms then give float32, which the linear casts
+        value_dtype, out_dtype = torch.float32, torch.get_autocast_dtype(x.device.type)
+    arguments = (
+        norm.weight,
+        getattr(norm, "bias", None),
+        quantizer.low,
+        quantizer.high,
+        norm.eps,
+        isinstance(norm, nn.RMSNorm),
+        *quantizer.grid_options(),
+        value_dtype,
+        out_dtype,
+    )
+    if y is None:
+        x_hat, gate = training_ops.norm_fake_quantize(x, *arguments)
+        return x, gate, linear.project(x_hat)
+    x, x_hat = training_ops.add_norm_fake_quantize(x, gate, y, *arguments)
+    return x, None, linear.project(x_hat)
+
+
+def gelu_linear(linear: nn.Module, hidden: Tensor) -> Tensor:
+    """linear(GELU(hidden)): [..., H] → [..., N]."""
+    if not fuses(linear, hidden):
+        return linear(F.gelu(hidden))
+    assert isinstance(linear, QuantLinear)
+    q = linear.input_quantizer
+    return linear.project(training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options()))
+
+
+def swiglu_linear(linear: nn.Module, hidden: Tensor) -> Tensor:
+    """linear(silu(gate) · up) for hidden = [gate, up]: [..., 2H] → [..., N]."""
+    if not fuses(linear, hidden):
+        gate, up = hidden.chunk(2, dim=-1)
+        return linear(F.silu(gate) * up)
+    assert isinstance(linear, QuantLinear)
+    q = linear.input_quantizer
+    return linear.project(training_ops.swiglu_fake_quantize(hidden, q.low, q.high, *q.grid_options()))

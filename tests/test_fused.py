@@ -1,0 +1,92 @@
+"""The decoder on the fused operators (forced on, on a CPU) is the decoder: gradients, autocast, observers."""
+
+import pytest
+import torch
+from small_models import text_ids
+from test_parity import decoder, gradients, reference_gradients
+
+from lit_actreg.config import QuantConfig
+from lit_actreg.parallel import checkpoint_blocks, compile_blocks
+from lit_actreg.quant.calibration import input_hessians
+from lit_actreg.quant.observe import observe_inputs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def fused_decoder(style: str):
+    model = decoder(style)
+    model.set_fused(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("style", "engine"),
+    [
+        *((style, engine) for style in ("neox", "llama") for engine in ("eager", "checkpointed", "compiled")),
+        pytest.param("neox", "checkpointed and compiled", marks=pytest.mark.slow),  # compiling takes 25 s
+    ],
+)
+@pytest.mark.parametrize("sites", ["all", "mlp_in", "qkv"])
+def test_gradients_are_the_formulas(style, engine, sites):
+    """In float64; with one site quantized, the gate of a fused norm also meets a plain one."""
+    if sites != "all" and engine != "eager":
+        pytest.skip("one graph is as good as another")
+    quant = QuantConfig() if sites == "all" else QuantConfig(sites=[sites])
+    batch, plain, model = text_ids(4, 17), decoder(style), fused_decoder(style)
+    plain.set_activations(quant)
+    model.set_activations(quant)
+    expected = reference_gradients(plain, batch)
+    if "checkpointed" in engine:
+        checkpoint_blocks(model)
+    if "compiled" in engine:
+        compile_blocks(model)
+    found = gradients(model, (batch,))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if gradient is None:  # a clip of a site that is not quantized
+            assert found[name] is None, name
+        else:
+            torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: n + text)
+
+
+def test_under_autocast_values_are_rounded_where_the_plain_path_rounds_them():
+    """Same dtypes at every point, so hidden states differ by rare codes at an edge: less than bfloat16 itself.
+
+    Not so for SwiGLU: run eagerly, the plain path rounds silu(gate) too; compiled and fused, the product alone.
+    """
+    hidden = []
+    for fused in (False, True):
+        model = decoder("neox").float()
+        model.set_fused(fused)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden.append(model(text_ids(4, 17))[0])
+    assert hidden[0].dtype == hidden[1].dtype
+    assert (hidden[0] - hidden[1]).norm() <= torch.finfo(torch.bfloat16).eps * hidden[0].norm()
+
+
+def test_observers_see_raw_inputs():
+    """Monitor and calibration hook linears and quantizers: they must see what the plain path shows them."""
+    seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    hessians = []
+    for fused in (False, True):
+        model = decoder("neox").float()
+        model.set_fused(fused)
+        observe_inputs(model, text_ids(2, 16), lambda layer, site, linear, x, f=fused: seen[f].append(x))
+        x = model.embedding(text_ids(2, 16)).detach()
+        hessians.append(input_hessians(model.blocks[0], "block", [x], torch.device("cpu")))
+    assert len(seen[True]) == 8
+    assert all(torch.equal(a, b) for a, b in zip(seen[False], seen[True], strict=True))
+    assert all(torch.equal(hessians[0][site], hessians[1][site]) for site in hessians[0])
+
+
+@pytest.mark.slow  # compiling takes 40 s
+def test_a_compiled_block_is_observed_and_stays_compiled():
+    model = fused_decoder("neox").float()
+    compile_blocks(model)
+    ids, seen = text_ids(2, 16), []
+    first = model(ids)[0]
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    observe_inputs(model, ids, lambda layer, site, linear, x: seen.append(x))
+    assert len(seen) == 8
+    assert torch.equal(model(ids)[0], first)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled

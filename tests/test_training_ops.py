@@ -1,0 +1,93 @@
+"""The training operators as PyTorch sees them: operator checks, the gate, float64 gradients, errors."""
+
+import pytest
+import torch
+from fake_quant_checks import clips, doubled, formula
+from lit_actreg_kernels import training_ops
+from quantizer_checks import DEVICE
+from torch.nn import functional
+
+OPTIONS = (4, True, True)
+TYPES = (torch.float32, torch.bfloat16)
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+
+def samples():
+    low, high = (clip.requires_grad_() for clip in clips())
+    norm = (leaf(32), leaf(32), low, high, 1e-5, False, *OPTIONS, *TYPES)
+    rms = (leaf(32), None, low, high, 1e-5, True, *OPTIONS, *TYPES)
+    return {
+        "fake_quantize": (training_ops.fake_quantize, (leaf(3, 32), low, high, *OPTIONS)),
+        "gelu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, False, *OPTIONS)),
+        "swiglu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, True, *OPTIONS)),
+        "norm": (training_ops._norm_fake_quantize, (leaf(3, 32), *norm)),
+        "add": (training_ops._add_norm_fake_quantize, (leaf(3, 32), None, leaf(3, 32), *rms)),
+        "add with gate": (training_ops._add_norm_fake_quantize, (leaf(3, 32), leaf(3, 32), leaf(3, 32), *norm)),
+    }
+
+
+@pytest.mark.parametrize("name", list(samples()))
+def test_opcheck(name):
+    operator, arguments = samples()[name]
+    torch.library.opcheck(operator, arguments)
+
+
+def test_the_gate_gets_the_gradient_and_costs_no_memory():
+    """Two norms on one stream: with the gate, x's whole gradient comes out of the first one's backward."""
+    torch.manual_seed(0)
+    x, y, weight, bias = (torch.randn(s, dtype=torch.float64) for s in [(4, 6, 16), (4, 6, 16), (16,), (16,)])
+    target = torch.randn(4, 6, 16, dtype=torch.float64)
+    low, high = clips(torch.float64, "cpu")
+
+    plain = doubled(x, y, weight, bias, low, high)
+    first = formula(functional.layer_norm(plain[0], (16,), *plain[2:4]), *plain[4:], *OPTIONS)
+    new = plain[0] + plain[1] * first
+    second = formula(functional.layer_norm(new, (16,), *plain[2:4]), *plain[4:], *OPTIONS)
+    ((second + new) * target).sum().backward()
+
+    fused = doubled(x, y, weight, bias, low, high)
+    rest = (*fused[2:], 1e-5, False, *OPTIONS, torch.float64, torch.float64)
+    first_hat, gate = training_ops.norm_fake_quantize(fused[0], *rest)
+    assert gate.stride() == (0, 0, 0)
+    assert not gate.any()
+    new, second_hat = training_ops.add_norm_fake_quantize(fused[0], gate, fused[1] * first_hat, *rest)
+    ((second_hat + new) * target).sum().backward()
+
+    torch.testing.assert_close(second_hat, second)
+    for found, expected in zip(fused, plain, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations_in_float64(gated):
+    torch.manual_seed(0)
+    h, low, high = doubled(torch.randn(7, 12) * 2, *clips(torch.float64, "cpu"))
+    y = functional.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1] if gated else functional.gelu(h)
+    expected = torch.autograd.grad(formula(y, low, high, *OPTIONS).square().sum(), (h, low, high))
+    function = training_ops.swiglu_fake_quantize if gated else training_ops.gelu_fake_quantize
+    found = torch.autograd.grad(function(h, low, high, *OPTIONS).square().sum(), (h, low, high))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_mistakes_are_named():
+    low, high = clips()
+    x = torch.zeros(2, 4, device=DEVICE)
+    weight = torch.ones(4, device=DEVICE)
+    rest = (low, high, 1e-5, True, *OPTIONS, *TYPES)
+    with pytest.raises(ValueError, match="activation bits 9"):
+        training_ops.fake_quantize(x, low, high, 9, True, True)
+    with pytest.raises(ValueError, match="one clip of shape"):
+        training_ops.fake_quantize(x, low.expand(4), high, *OPTIONS)
+    with pytest.raises(ValueError, match="cast it to float32"):
+        training_ops.fake_quantize(x.int(), low, high, *OPTIONS)
+    with pytest.raises(ValueError, match="an even number"):
+        training_ops.swiglu_fake_quantize(x[:, :3], low, high, *OPTIONS)
+    with pytest.raises(ValueError, match="has no bias"):
+        training_ops.norm_fake_quantize(x, weight, weight, *rest)
+    with pytest.raises(ValueError, match="must have shape"):
+        training_ops.norm_fake_quantize(x, weight[:3], None, *rest)
+    with pytest.raises(ValueError, match="cannot be added"):
+        training_ops.add_norm_fake_quantize(x.bfloat16(), None, x, weight, None, *rest)
