@@ -45,11 +45,12 @@ SIZES = {
     "125m": (12, 768, 12, False, 32768, 16, 2048),
     "1b": (24, 1920, 16, False, 32768, 8, 2048),
 }
-# Of the gradients of formula and fused operators. bfloat16 has 2^-8 of relative rounding, the compiler rounds at other
-# places than the operators, and a value that this moves over an edge takes the next code: on the order of 1 in 100,
-# each off by a whole step, 10 % of a layer's noise. A clip's gradient is a sum of such residuals. A lost gradient is
-# 100 %.
-WEIGHT_TOLERANCE, CLIP_TOLERANCE = 16 * 2**-8, 0.25
+# Of formula's and fused operators' gradients, both eager: rounded to bfloat16 (2^-8) at the same places, they differ by
+# last bits of a norm or an activation, and by the few values that these move over an edge to the next code.
+EAGER_TOLERANCE = 16 * 2**-8
+# Compiled, roundings happen elsewhere, and some 1 in 100 values takes another code, a step of the grid away: a few per
+# cent of a weight's gradient, 10 % of a clip's. A gradient that got lost in compilation is 100 %.
+COMPILED_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True)
@@ -104,20 +105,23 @@ class Trainee:
         with torch.autocast(self.device, torch.bfloat16):
             observe_inputs(self.model, self.batch[:2, :-1], observer)
 
-    def backward(self) -> None:
+    def backward(self, num_parts: int = 1) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device, torch.bfloat16):
-            hidden, values = self.model(self.batch[:, :-1])
-            loss = self.loss(self.model.head, hidden, self.batch[:, 1:]) + KURTOSIS_WEIGHT * values.sum()
-        loss.backward()
+        for part in self.batch.chunk(num_parts):
+            with torch.autocast(self.device, torch.bfloat16):
+                hidden, values = self.model(part[:, :-1])
+                loss = self.loss(self.model.head, hidden, part[:, 1:]) + KURTOSIS_WEIGHT * values.sum()
+            (loss / num_parts).backward()
 
     def step(self) -> None:
         self.backward()
         self.optimizer.step()
 
-    def gradients(self, variant: Variant) -> dict[str, Tensor]:
+    def gradients(self, variant: Variant, eager: bool) -> dict[str, Tensor]:
+        """Of the whole batch; eagerly in parts of about 4096 tokens, because the eager formula is hungry for memory."""
         variant.apply(self.model)
-        self.backward()
+        with torch.compiler.set_stance("force_eager" if eager else "default"):
+            self.backward(max(1, self.batch[:, 1:].numel() // 4096) if eager else 1)
         return {n: p.grad.float().clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
     def flops_per_token(self) -> float:
@@ -131,20 +135,26 @@ class Trainee:
         return time.perf_counter()
 
 
-def disagreement(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    """What is wrong with the fused operators' gradients, one line a finding; prints how near they are."""
+def disagreement(what: str, expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float) -> list[str]:
+    """What is wrong with ``found``, one line a finding; prints how near the two are."""
     if expected.keys() != found.keys():
-        return [f"parameters with a gradient in one variant only: {sorted(expected.keys() ^ found.keys())}"]
+        return [f"{what}: in one of them no gradient for {sorted(expected.keys() ^ found.keys())}"]
     wrong = []
-    for kind, tolerance in (("weights", WEIGHT_TOLERANCE), ("clips", CLIP_TOLERANCE)):
+    for kind in ("weights", "clips"):
         names = [name for name in expected if ("input_quantizer" in name) == (kind == "clips")]
         distance = torch.stack([(expected[n] - found[n]).norm() for n in names]).norm()
         error = (distance / torch.stack([expected[n].norm() for n in names]).norm()).item()
-        print(f"gradients of {kind}, fused against formula: relative difference {error:.2%}, allowed {tolerance:.2%}")
+        print(f"gradients of {kind}, {what}: relative difference {error:.2%}, allowed {tolerance:.2%}")
         if not error <= tolerance:
-            wrong.append(f"the gradients of the {kind} differ by {error:.2%}")
-    lost = [name for name in expected if expected[name].any() and not found[name].any()]
-    return wrong + [f"no gradient reached {name}" for name in lost]
+            wrong.append(f"{what}: gradients of {kind} differ by {error:.2%}")
+    return wrong + [f"{what}: no gradient reached {n}" for n in expected if expected[n].any() and not found[n].any()]
+
+
+def check_gradients(trainee: Trainee) -> list[str]:
+    """Fused operators against the formula, and compiled against eager."""
+    formula, fused, compiled = (trainee.gradients(v, e) for v, e in ((FORMULA, True), (FUSED, True), (FUSED, False)))
+    wrong = disagreement("fused against formula, eager", formula, fused, EAGER_TOLERANCE)
+    return wrong + disagreement("fused, compiled against eager", fused, compiled, COMPILED_TOLERANCE)
 
 
 def measure(trainee: Trainee, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -207,8 +217,7 @@ def main() -> int:
     args = parser.parse_args()
     start = time.perf_counter()
     trainee = Trainee(args.size, args.device)
-    wrong = disagreement(trainee.gradients(FORMULA), trainee.gradients(FUSED))
-    if wrong:
+    if wrong := check_gradients(trainee):
         print("REFUSED: " + "; ".join(wrong))
         return 1
     for variant in VARIANTS:  # compiles

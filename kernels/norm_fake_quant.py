@@ -158,7 +158,7 @@ def norm_fake_quantize(
     value_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x′ in x's dtype (x itself without y), x̂ [..., K] in ``out_dtype``, and the rows' μ and 1/σ, float32 [2, M]."""
+    """x′ in the dtype of x (x itself without y), x̂ [..., K] in ``out_dtype``, and μ, 1/σ of rows, float32 [2, M]."""
     num_columns = x.shape[-1]
     num_rows = x.numel() // max(1, num_columns)
     new = x if y is None else torch.empty_like(x)
