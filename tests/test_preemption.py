@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from small_fit import CONTEXT, VOCAB_SIZE, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_actreg.checkpoint import damage, load_lightning_checkpoint
 from lit_actreg.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,7 +93,7 @@ def test_an_ended_fit_goes_on_to_the_same_losses(folder, with_signal, status, ca
     checkpoints = folder / name / "version_0" / "checkpoints"
     found, stderr = ended(["-m", "lit_actreg", *arguments(folder, name)], checkpoints, with_signal, group=True)
     assert found == status, stderr
-    last = torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"]
+    last = load_lightning_checkpoint(checkpoints / "last.ckpt")["global_step"]
     reached = max(step for step, _ in scalars(folder / name / "version_0", 0)["train/loss"]) + 1
     assert 0 < last < STEPS
     if with_signal == signal.SIGTERM:
@@ -113,13 +113,31 @@ def test_an_ended_fit_goes_on_to_the_same_losses(folder, with_signal, status, ca
     assert resumed == {tag: values for tag, values in expected.items() if values}
 
 
-def test_two_processes_stop_together(folder):
-    """torchrun passes SIGTERM on; the ranks agree, or one would wait for the other."""
-    checkpoints = folder / "two" / "version_0" / "checkpoints"
-    command = [*TORCHRUN, "-m", "lit_actreg", *arguments(folder, "two", "--trainer.strategy=ddp")]
+STRATEGIES = {
+    "ddp": ["--trainer.strategy=ddp"],
+    "fsdp2": [
+        "--trainer.strategy=ModelParallelStrategy",
+        "--trainer.strategy.data_parallel_size=2",
+        "--trainer.strategy.tensor_parallel_size=1",
+    ],
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_stop_together(folder, strategy):
+    """torchrun passes SIGTERM on; the ranks agree, or one would wait for the other. In shards a checkpoint is a folder,
+    whole or not there as well."""
+    checkpoints = folder / strategy / "version_0" / "checkpoints"
+    command = [*TORCHRUN, "-m", "lit_actreg", *arguments(folder, strategy, *STRATEGIES[strategy])]
     command[command.index("--trainer.devices=1")] = "--trainer.devices=2"
     status, stderr = ended(command, checkpoints, signal.SIGTERM, group=False)
-    last = torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"]
     assert status != 0
-    assert f"step={last}.ckpt is written" in stderr
-    assert 0 < last < STEPS
+    last = (checkpoints / "last.ckpt").resolve()
+    assert f"{last.name} is written" in stderr
+    assert 0 < load_lightning_checkpoint(last)["global_step"] < STEPS
+    assert damage(last) is None
+    assert not list(checkpoints.glob(".*"))
+    if strategy == "fsdp2":
+        shard = next(last.glob("*.distcp"))
+        os.truncate(shard, shard.stat().st_size - 100)
+        assert damage(last) == f"{shard.name} is too short"
