@@ -1,18 +1,26 @@
 """A step whose loss is not finite, or leaps, is left out to the bit or ends the fit, with its step and its data named.
 
 ``Spoil`` spoils the hidden states of chosen batches; the optimizer is AdamW as a CPU has it and fused as a GPU has it.
+Under torchrun (``torchrun --nproc-per-node 2 test_loss_guard.py CORPUS OUTPUT``) this file is the distributed fits.
 """
 
 import copy
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from small_fit import Losses, datamodule, lit_module, parameters, trainer, write_corpus
 
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.loss_guard import FINE, NAN, SPIKE, LossGuard
+from lit_actreg.parallel import whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ACCUMULATE, STEPS, BAD_STEP = 2, 8, 5
@@ -175,3 +183,40 @@ def test_the_running_statistics_are_those_of_the_docstring():
     assert running == pytest.approx([mean, variance, 6, 1, 1], rel=1e-6)  # nan: "stop"
     assert mean == pytest.approx(3.36, abs=0.1)
     assert int(found.judge(torch.tensor(3.0), torch.tensor(float("inf")))[1][0]) == NAN
+
+
+def test_two_processes_leave_the_same_step_out(corpus, tmp_path):
+    """A loss that is not a number on one rank, on whole weights and in shards, plain and fused."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, __file__, str(corpus), str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found) == 4
+    for name, moved in found.items():
+        assert moved == [step != BAD_STEP for step in range(STEPS)], name
+
+
+def main(corpus: Path, output: Path) -> None:
+    """Whether weights moved in each step, by strategy and optimizer."""
+    adamw, moved = torch.optim.AdamW, {}
+    for strategy in ("ddp", "fsdp2"):
+        for fused in (False, True):
+            torch.optim.AdamW = lambda groups, f=fused, **o: adamw(groups, **(o | {"fused": f}))  # type: ignore
+            mesh = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            spoil = Spoil(SPOILS["nan"] if int(os.environ["RANK"]) == 1 else 1.0)
+            fit(corpus, guard("nan", "skip"), spoil, strategy=mesh if strategy == "fsdp2" else "ddp", devices=2)
+            states = [whole(weights["blocks.0.qkv.weight"]) for weights, _ in spoil.states]
+            weights = states[ACCUMULATE - 1 :: ACCUMULATE]
+            before = [states[0], *weights]
+            pairs = zip(before[:-1], weights, strict=True)
+            moved[f"{strategy} fused={fused}"] = [
+                bool((new != old).any() and new.isfinite().all()) for old, new in pairs
+            ]
+    if torch.distributed.get_rank() == 0:
+        output.write_text(json.dumps(moved))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

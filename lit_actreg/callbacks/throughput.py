@@ -8,7 +8,7 @@ N: parameters of blocks and norms, without the embedding; V · D: the head, tied
 matrix product; the embedding itself is a look-up. Each weight is used once forward (2) and twice backward (4). The
 second term is attention, Q Kᵀ and the weighted sum of V, over L layers of width D at T tokens of context. It would be
 12 · L · T · D if every token attended to all T; **causal attention, half of it, is what is counted here**. PaLM's
-convention (arXiv 2204.02311, appendix B) counts all: at the paper's 1 B shape (24 × 1920, V = 50432, T = 2048) 8 % more.
+convention (arXiv 2204.02311, appendix B) counts all: at the paper's 1 B shape (24 × 1920, T = 2048) 8 % more.
 Not counted: norms, softmax, fake quantization, and what activation checkpointing computes again.
 
 **MFU** (model FLOPs utilization) = tokens a second · FLOPs a token / (devices · peak), the peak being the device's
