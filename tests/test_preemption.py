@@ -64,7 +64,8 @@ def folder(tmp_path_factory) -> Path:
 def scalars(version: Path, after: int) -> dict[str, list[tuple[int, float]]]:
     """What a fit logged from the step on that follows ``after``; what depends on the clock aside."""
     events = EventAccumulator(str(version), {"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if "seconds" not in tag and "per_second" not in tag]
+    clock = ("train/tokens_per_second", "train/data_wait_seconds", "train/hours_left")
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in clock]
     found = {tag: [(e.step, e.value) for e in events.Scalars(tag) if e.step >= after] for tag in tags}
     return {tag: values for tag, values in found.items() if values}
 
