@@ -83,9 +83,8 @@ def main() -> None:
         per_token = bytes_per_token(config, *case)
         block = per_token * tokens
         kept, again = config.num_layers * block + logits, recompute + block + logits
-        print(
-            f"  {name:26} kept {kept / GIB:6.1f}   checkpointed {again / GIB:5.1f}   ({per_token / config.width:.0f} D bytes a token and block)"
-        )
+        unit = f"{per_token / config.width:.0f} D bytes a token and block"
+        print(f"  {name:26} kept {kept / GIB:6.1f}   checkpointed {again / GIB:5.1f}   ({unit})")
 
     print("\nGPUs   states ddp   states fsdp2   hours at MFU " + "  ".join(f"{m:.0%}" for m in options.mfu))
     for gpus in (1, 2, 4, 8, 16, 32, 64):

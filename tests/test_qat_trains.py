@@ -1,4 +1,4 @@
-"""It must train: with the recipe that ships a 4-bit-activation model keeps up with its 16-bit twin; naively it does not.
+"""It must train: with the shipped recipe a 4-bit-activation model keeps up with its 16-bit twin; naively it does not.
 
 Three seeds of a 2 × 64 decoder on State of the Union addresses, 307,200 tokens each; a seed sets the weights and the
 order of the data, the same for its three fits. Compared is the held-out loss in nats. docs/qat-stability.md tells why
