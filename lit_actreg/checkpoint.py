@@ -3,15 +3,20 @@
 Three kinds are understood: a Lightning checkpoint (.ckpt), a folder that `quantize` wrote, and an unquantized Hugging
 Face folder. A Lightning checkpoint carries its tokenizer, so that it can be used on any text and on any machine. It is
 one file, or, as ModelParallelStrategy writes it, a folder to which every rank has written its shards.
+
+Of a fit's own checkpoints, ``step=N.ckpt`` in one folder, a torn one (the machine failed, the disk was full) is told
+from a whole one by its end: a file's table of contents comes last, and a folder's index knows how long every shard is.
 """
 
 import hashlib
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.distributed.checkpoint import load as load_shards
 
@@ -63,6 +68,56 @@ def read_shards(path: Path) -> dict[str, Any]:
     load_shards(weights, storage_reader=reader, no_dist=True)
     checkpoint = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
     return checkpoint | {"state_dict": {name.removeprefix(prefix): tensor for name, tensor in weights.items()}}
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint of a fit, in a few words; None if it is whole. No weight is read."""
+    try:
+        if not path.is_dir():
+            if not zipfile.is_zipfile(path):
+                return "its end is missing"
+            torch.load(path, "cpu", weights_only=True, mmap=True)
+            return None
+        torch.load(path / "meta.pt", "cpu", weights_only=True)
+        lengths: dict[str, int] = {}
+        for stored in FileSystemReader(path).read_metadata().storage_data.values():
+            end = stored.offset + stored.length
+            lengths[stored.relative_path] = max(end, lengths.get(stored.relative_path, 0))
+        short = [name for name, length in lengths.items() if (path / name).stat().st_size < length]
+        return f"{short[0]} is too short" if short else None
+    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, TypeError, EOFError) as error:
+        return " ".join(str(error).split())[:100]
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """A fit's checkpoints in a folder, by the time they were written; the link ``last.ckpt`` is none."""
+    return sorted(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def whole_or_before(path: Path) -> Path:
+    """``path``; if it is one of a fit's checkpoints and torn, the newest whole one before it, and a line says so."""
+    real = path.resolve()
+    newest = newest_first(real.parent)
+    return first_whole(newest[newest.index(real) :]) if real in newest else path
+
+
+def last_checkpoint(folders: list[Path]) -> Path | None:
+    """The newest whole checkpoint of a fit in any of the folders; None if they hold none."""
+    found = sorted((p for f in folders for p in newest_first(f)), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    return first_whole(found) if found else None
+
+
+def first_whole(paths: list[Path]) -> Path:
+    """The first of checkpoints, newest first, that is not torn; a line names those that are."""
+    torn: list[str] = []
+    for path in paths:
+        reason = damage(path)
+        if reason is None:
+            if torn:
+                rank_zero_info(f"torn: {', '.join(torn)}; the fit goes on from the checkpoint before, {path}")
+            return path
+        torn.append(f"{path} ({reason})")
+    raise ValueError(f"no whole checkpoint: {', '.join(torn)}: name another with --ckpt_path, or start anew without")
 
 
 def load_lightning_checkpoint(path: Path) -> dict[str, Any]:

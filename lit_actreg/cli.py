@@ -14,15 +14,18 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_actreg.callbacks.checkpoint import ResumeCheckpoint
+from lit_actreg.callbacks.checkpoint import ResumeCheckpoint, run_folder
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.kurtosis import KurtosisRegularization
+from lit_actreg.callbacks.loss_guard import LossGuard
 from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
-from lit_actreg.checkpoint import is_sharded, read_checkpoint_info
+from lit_actreg.callbacks.throughput import Throughput
+from lit_actreg.checkpoint import is_sharded, last_checkpoint, read_checkpoint_info, whole_or_before
 from lit_actreg.config import OptimConfig, as_plain
 from lit_actreg.contracts import ENTRY_POINT_GROUP
 from lit_actreg.data.datamodule import TextDataModule
@@ -71,7 +74,33 @@ class ActRegCLI(LightningCLI):
         parser.add_lightning_class_args(KurtosisRegularization, "kurtosis")
         parser.add_lightning_class_args(ClipSchedule, "clips")
         parser.add_lightning_class_args(OutlierMonitor, "outliers")
+        parser.add_lightning_class_args(LossGuard, "guard")
+        parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A fit's progress bar is drawn as often as numbers are logged: drawing reads them off the device.
+
+        Lightning's default one does so after every batch, and the device then waits for the host.
+        """
+        given = self.config_init[self.subcommand].trainer if self.subcommand == "fit" else {}
+        callbacks = given.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        hidden = given.get("enable_progress_bar") is False or given.get("barebones")
+        if self.subcommand == "fit" and not hidden and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs["callbacks"] = [*callbacks, TQDMProgressBar(given.get("log_every_n_steps") or 50)]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """`--ckpt_path last` is the newest whole checkpoint of the run: of this version, else of any."""
+        options = self.config_init["fit"]
+        if options.get("ckpt_path") != "last" or Path("last").exists():
+            return
+        folder = run_folder(self.trainer)
+        versions = [folder] if (folder / "checkpoints").is_dir() else sorted(folder.parent.glob("*"))
+        found = last_checkpoint([version / "checkpoints" for version in versions])
+        options["ckpt_path"] = str(found) if found else None
+        rank_zero_info(f"--ckpt_path last is {found}" if found else f"{folder} has no checkpoint yet: a new fit")
 
     def after_fit(self) -> None:
         """The last word of a fit is the perplexity of its last weights, wherever the validation interval fell."""
@@ -92,6 +121,8 @@ class ActRegCLI(LightningCLI):
         is_keyword = subcommand == "fit" and not Path(path).exists() and Path(path).suffix != ".ckpt"
         if is_keyword:  # "last", "best": the Trainer finds the file
             return
+        if subcommand == "fit" and options.get("ckpt_path"):
+            path = options.ckpt_path = str(whole_or_before(Path(path)))
         info = read_checkpoint_info(Path(path), Path(options.data.cache_dir))
         if subcommand == "fit" and options.get("ckpt_path"):
             if info.folder is not None and not is_sharded(info.folder):

@@ -7,7 +7,6 @@ know which statistics to return before they are compiled.
 """
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,6 @@ class LitLanguageModel(LightningModule):
         self.loss_terms: dict[str, LossTerm] = {}
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.cross_entropy = next_token_loss
-        self._clock = (0.0, 0)
 
     def configure_model(self) -> None:
         """Builds the decoder once, new or from a folder; tells it the loss terms; then :mod:`lit_actreg.parallel`."""
@@ -122,15 +120,6 @@ class LitLanguageModel(LightningModule):
                 self.log(f"{name}/{site}", value)
         self.log("train/loss", cross_entropy.detach(), prog_bar=True)
         return loss
-
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        """Tokens per second of this process group since the last log."""
-        self._clock = (self._clock[0], self._clock[1] + batch[:, 1:].numel() * self.trainer.world_size)
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            now = time.perf_counter()
-            if self._clock[0]:
-                self.log("train/tokens_per_second", self._clock[1] / (now - self._clock[0]), prog_bar=True)
-            self._clock = (now, 0)
 
     def _evaluate(self, batch: Tensor, metric: MeanMetric) -> None:
         targets = batch[:, 1:]

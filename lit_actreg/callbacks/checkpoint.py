@@ -1,33 +1,154 @@
-"""The checkpoint to resume from: written every N optimizer steps and when a fit ends.
+"""The checkpoint to resume from: written every N optimizer steps, on SIGTERM, and when a fit ends.
 
-One file, ``last.ckpt`` in the logger's folder, links to the newest; a kill loses at most one interval. Lightning
-writes a checkpoint beside its place and renames it. For the best by validation loss add Lightning's ModelCheckpoint
-to ``trainer.callbacks``.
+In the folder ``checkpoints`` of the run lie the newest two, ``step=N.ckpt``, and ``last.ckpt``, a link to the newest.
+`fit --ckpt_path last` finds it, also from a new version of the same run; where it is torn, the one before it is used
+(:mod:`lit_actreg.checkpoint`). A kill loses at most one interval.
+
+**Whole or not there.** A checkpoint is written beside its place, as ``.step=N.part``, flushed to the disk, and renamed;
+the link is replaced by a rename too. Lightning does not do that by itself: its writer fills a file in the system's
+temporary folder and moves it, which between two file systems is a copy that a kill can interrupt; before that, it
+holds the whole checkpoint in memory, twice. :class:`PlainFile` writes straight to the file. In shards
+(ModelParallelStrategy) every rank writes into the folder ``.step=N.part``, and the folder is renamed.
+
+**SIGTERM** (:mod:`lit_actreg.callbacks.preemption`) is answered after the batch at hand: a checkpoint is written, and
+the process exits with status 143. Inside an accumulation window the gradients gathered so far are not in it: the
+resumed fit goes back to the window's first batch (:mod:`lit_actreg.data.resume`).
+
+For the best by validation loss add Lightning's ModelCheckpoint to ``trainer.callbacks``.
 """
 
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lit_actreg.callbacks.preemption import EXIT_STATUS, Preemption
+from lit_actreg.checkpoint import newest_first
 
 
-class ResumeCheckpoint(ModelCheckpoint):
-    """Keeps the newest checkpoint, ``step=N.ckpt``, and a link to it, ``last.ckpt``.
+class PlainFile(TorchCheckpointIO):
+    """Writes a checkpoint of one file as torch does, through no buffer in memory and no temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a fit's logs lie: the logger's folder, name and version; without a logger the Trainer's root folder."""
+    logger, root = trainer.logger, Path(trainer.default_root_dir)
+    if logger is None:
+        return root
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or root) / str(logger.name) / version
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of entries, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Flushes what was written beside and renames it to ``path``."""
+    for written in [beside, *beside.rglob("*")]:
+        flush(written)
+    if path.is_dir():  # a folder is not replaced by a rename
+        shutil.rmtree(path)
+    os.replace(beside, path)
+    flush(path.parent)
+
+
+class ResumeCheckpoint(Checkpoint):
+    """Keeps the newest checkpoints, ``step=N.ckpt``, and a link to the newest, ``last.ckpt``.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
+        keep: Newest checkpoints that are kept; with two, a torn one leaves another.
     """
 
-    def __init__(self, every_n_steps: int = 500) -> None:
-        super().__init__(
-            filename="{step}",
-            every_n_train_steps=every_n_steps,
-            save_last="link",
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
+    def __init__(self, every_n_steps: int = 500, keep: int = 2) -> None:
+        for name, value in {"every_n_steps": every_n_steps, "keep": keep}.items():
+            if value < 1:
+                raise ValueError(f"checkpoint.{name} {value} is too small: use 1 or more")
+        self.every_n_steps, self.keep = every_n_steps, keep
+        self.preemption = Preemption()
+        self._folder = Path()
+        self._saved_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._folder = Path(trainer.strategy.broadcast(run_folder(trainer) / "checkpoints"))
+            sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+            if not sharded and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                trainer.strategy.checkpoint_io = PlainFile()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step
+        self.preemption.install(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Saves where the interval divides the step, and at once after SIGTERM."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.global_step % self.every_n_steps == 0:
+            self.save_once(trainer)
+        if self.preemption.requested():
+            if not self._path(trainer).exists():
+                self.save(trainer)
+            rank_zero_info(f"SIGTERM: {self._path(trainer)} is written; the same fit with --ckpt_path last goes on")
+            raise SystemExit(EXIT_STATUS)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last step is worth keeping, whether or not the interval divides it."""
-        if trainer.global_step != self._last_global_step_saved:
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.save_once(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.preemption.remove()
+
+    def _path(self, trainer: Trainer) -> Path:
+        return self._folder / f"step={trainer.global_step}.ckpt"
+
+    def save_once(self, trainer: Trainer) -> None:
+        """Saves unless this step is saved, or is the one that the fit began with."""
+        if trainer.global_step != self._saved_step:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Writes the checkpoint of this step; all ranks take part."""
+        path = self._path(trainer)
+        beside = path.with_name(f".{path.stem}.part")
+        if trainer.is_global_zero:
+            for left_over in self._folder.glob(".step=*.part"):
+                remove(left_over)
+        trainer.strategy.barrier("room for the checkpoint")
+        trainer.save_checkpoint(beside)
+        if trainer.is_global_zero:
+            put_in_place(beside, path)
+            link = self._folder / ".last"
+            remove(link)
+            link.symlink_to(path.name)
+            os.replace(link, self._folder / "last.ckpt")
+            for old in newest_first(self._folder)[self.keep :]:
+                remove(old)
+        trainer.strategy.barrier("checkpoint in place")
+        self._saved_step = trainer.global_step

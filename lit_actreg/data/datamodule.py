@@ -13,6 +13,7 @@ for, in sight, is deleted with them, and does not fill a home directory, which o
 import functools
 import hashlib
 import math
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,6 +242,7 @@ class TextDataModule(LightningDataModule):
             self.batch_size,
             lambda: num_trained_batches(self.trainer),
             num_workers=min(1, self.num_workers),
+            worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -281,6 +283,7 @@ class TextDataModule(LightningDataModule):
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": leave_signals_to_the_trainer,
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": as_batch,
             # its own generator: starting an iteration must not draw from the global one, on which a resumed run depends
@@ -320,6 +323,11 @@ class TextDataModule(LightningDataModule):
             batch = blocks.__getitems__(list(range(start, min(start + 1024, len(blocks)))))
             targets += np.bincount(batch[:, 1:].ravel().numpy(), minlength=self.vocab_size)
         return math.exp(-(targets * np.log(counts / counts.sum())).sum() / targets.sum())
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """A cluster's SIGTERM to all processes of a job must not end the workers before the trainer has its checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def as_batch(rows: Tensor) -> Tensor:

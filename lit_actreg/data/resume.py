@@ -14,6 +14,8 @@ The loader's own ``state_dict`` holds what the order of batches depends on besid
 other data or another batch size is an error rather than a silent change of course.
 """
 
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -49,11 +51,28 @@ class ResumableLoader(DataLoader[Tensor]):
     Args:
         order: What the order of batches depends on, plain values by name.
         options: As of ``DataLoader``.
+
+    Attributes:
+        seconds_waited: Time that the training loop has stood still for a batch, since the loader was made.
     """
 
     def __init__(self, order: dict[str, int | str], **options: Any) -> None:
         super().__init__(**options)
         self.order = order
+        self.seconds_waited = 0.0
+
+    def __iter__(self) -> Any:
+        return self._timed(super().__iter__())
+
+    def _timed(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The same batches; adds up how long the caller has waited for them."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds_waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.order)

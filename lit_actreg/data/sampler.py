@@ -47,6 +47,12 @@ class TrainSampler(DistributedSampler[int]):
     def permutation(self, pass_index: int) -> np.ndarray:
         return np.random.default_rng((self.seed, pass_index)).permutation(self.num_blocks)
 
+    def global_batch(self, k: int) -> list[int]:
+        """The blocks of global batch k, those of rank 0 first."""
+        pass_index, j = divmod(k, self.num_batches)
+        size = self.num_replicas * self.batch_size
+        return self.permutation(pass_index)[j * size : (j + 1) * size].tolist()
+
     def __iter__(self) -> Iterator[int]:
         first, order, order_pass = self.cursor(), np.empty(0, np.int64), -1
         for k in range(first, first + self.num_batches):

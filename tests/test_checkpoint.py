@@ -1,0 +1,135 @@
+"""A fit's checkpoints: the newest two, whole or not there; a torn one is passed over, with a line."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from small_fit import CONTEXT, VOCAB_SIZE, datamodule, lit_module, trainer, write_corpus
+
+from lit_actreg.callbacks.checkpoint import ResumeCheckpoint
+from lit_actreg.checkpoint import damage, last_checkpoint, newest_first, whole_or_before
+from lit_actreg.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("checkpoint") / "corpus")
+
+
+def fit(corpus: Path, folder: Path, steps: int = 7, every: int = 2, **options) -> Path:
+    given = {"logger": False, "enable_checkpointing": True, "default_root_dir": folder}
+    engine = trainer([ResumeCheckpoint(every)], steps, **(given | options))
+    engine.fit(lit_module(), datamodule=datamodule(corpus))
+    return folder / "checkpoints"
+
+
+def tear(path: Path, share: float) -> None:
+    """Leaves the first part of a file, and the time it was written."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    os.truncate(path, int(share * path.stat().st_size))
+    os.utime(path, ns=times)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def written(corpus, tmp_path_factory) -> Path:
+    return fit(corpus, tmp_path_factory.mktemp("written"))
+
+
+@pytest.fixture
+def folder(written, tmp_path) -> Path:
+    """A copy to tear."""
+    return shutil.copytree(written, tmp_path / "checkpoints", symlinks=True)
+
+
+def test_the_newest_two_are_kept(written):
+    """The last step as well, which the interval does not divide."""
+    assert names(written) == ["last.ckpt", "step=6.ckpt", "step=7.ckpt"]
+    assert (written / "last.ckpt").resolve().name == "step=7.ckpt"
+    assert [path.name for path in newest_first(written)] == ["step=7.ckpt", "step=6.ckpt"]
+    assert torch.load(written / "step=6.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_no_file_is_seen_half_written(corpus, tmp_path, monkeypatch):
+    """A write that fails half way leaves the checkpoints as they were; what it has left is cleared by the next."""
+    save, seen = torch.save, []
+
+    def half(checkpoint, path):
+        save(checkpoint, path)
+        seen.append(names(Path(path).parent))
+        if checkpoint["global_step"] == 4:
+            with open(path, "r+b") as file:
+                file.truncate(Path(path).stat().st_size // 2)
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        fit(corpus, tmp_path)
+    assert seen == [[".step=2.part"], [".step=4.part", "last.ckpt", "step=2.ckpt"]]
+    assert (tmp_path / "checkpoints" / "last.ckpt").resolve().name == "step=2.ckpt"
+    assert damage(tmp_path / "checkpoints" / "last.ckpt") is None
+    assert damage(tmp_path / "checkpoints" / ".step=4.part") is not None
+    monkeypatch.undo()
+    assert names(fit(corpus, tmp_path)) == ["last.ckpt", "step=6.ckpt", "step=7.ckpt"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_torn_one_is_passed_over(folder, share, caplog):
+    caplog.set_level("INFO")
+    newest = folder / "step=7.ckpt"
+    assert whole_or_before(newest) == newest
+    tear(newest, share)
+    assert whole_or_before(folder / "last.ckpt") == whole_or_before(newest) == folder / "step=6.ckpt"
+    assert last_checkpoint([folder, folder / "none"]) == folder / "step=6.ckpt"
+    line = caplog.messages[0]
+    assert "\n" not in line
+    assert "step=7.ckpt (" in line
+    assert f"from the checkpoint before, {folder / 'step=6.ckpt'}" in line
+    tear(folder / "step=6.ckpt", share)
+    with pytest.raises(ValueError, match=r"no whole checkpoint: .*step=7.*step=6"):
+        whole_or_before(newest)
+
+
+def test_last_is_found_in_the_run_and_goes_on_from_the_whole_one(corpus, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "fit",
+        f"--data.source={corpus}",
+        f"--data.cache_dir={corpus.parent}/cache",
+        f"--data.vocab_size={VOCAB_SIZE}",
+        f"--data.context={CONTEXT}",
+        "--data.batch_size=4",
+        "--data.num_workers=0",
+        "--data.valid_share=0.1",
+        "--model.shape={num_layers: 1, width: 32, num_heads: 2}",
+        "--outliers.every_n_steps=0",
+        "--checkpoint.every_n_steps=2",
+        "--optim.decay_steps=8",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.logger=TensorBoardLogger",
+        "--trainer.logger.save_dir=runs",
+        "--trainer.logger.name=x",
+        "--ckpt_path=last",
+    ]
+    main([*command, "--trainer.max_steps=4"])
+    assert "has no checkpoint yet: a new fit" in caplog.text
+    first = tmp_path / "runs/x/version_0/checkpoints"
+    assert names(first) == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]
+    tear(first / "step=4.ckpt", 0.99)
+    main([*command, "--trainer.max_steps=6"])
+    assert "step=4.ckpt (" in caplog.text
+    assert "--ckpt_path last is runs/x/version_0/checkpoints/step=2.ckpt" in caplog.text
+    assert names(tmp_path / "runs/x/version_1/checkpoints") == ["last.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    main([*command, "--trainer.max_steps=8", "--trainer.logger.version=1"])
+    assert "--ckpt_path last is runs/x/version_1/checkpoints/step=6.ckpt" in caplog.text
+    assert names(tmp_path / "runs/x/version_1/checkpoints") == ["last.ckpt", "step=6.ckpt", "step=8.ckpt"]
