@@ -27,7 +27,7 @@ from lit_actreg.contracts import QuantizedWeight
 from lit_actreg.huggingface import BLOCK_PREFIX, LINEARS, join_rows, split_rows
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 
-WeightFormat = Literal["auto", "int-quantized", "pack-quantized"]
+WeightFormat = Literal["auto", "int-quantized", "pack-quantized", "gptq_v2"]
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
@@ -111,6 +111,11 @@ def quantization_config(
 
 def read_quantization_config(theirs: Mapping[str, Any], style: str) -> tuple[QuantConfig, dict[str, Any]]:
     """How inputs are quantized, and the weights' scheme, of a "quantization_config" that we wrote."""
+    if theirs.get("quant_method") != "compressed-tensors":
+        raise ValueError(
+            f'quant_method "{theirs.get("quant_method")}" is an export that lit-actreg does not read back: name the '
+            "artifact in compressed-tensors' form, or the checkpoint"
+        )
     quant, weights = QuantConfig(activations="none", sites=[]), {}
     for group in theirs["config_groups"].values():
         weights, inputs = group["weights"], group["input_activations"]

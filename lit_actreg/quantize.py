@@ -28,6 +28,7 @@ from lit_actreg.artifact import Artifact, check_output, write_artifact
 from lit_actreg.compressed_tensors import WeightFormat, choose_format
 from lit_actreg.config import SITES, QuantConfig, Site
 from lit_actreg.contracts import QuantizedWeight, Quantizer
+from lit_actreg.gptq_format import check_gptq
 from lit_actreg.model import Block, Decoder
 from lit_actreg.quant.calibration import advance, embed_tokens, input_hessians
 from lit_actreg.quant.linear import QuantLinear
@@ -37,8 +38,13 @@ from lit_actreg.report import print_report
 from lit_actreg.resume import WorkFolder, fingerprint
 
 
-def stored_quant_config(quant: QuantConfig, round_zero_point: bool) -> tuple[QuantConfig, list[str]]:
+def stored_quant_config(
+    quant: QuantConfig, round_zero_point: bool, format: WeightFormat = "auto"
+) -> tuple[QuantConfig, list[str]]:
     """How the artifact's inputs are quantized, given how the model was trained, and what the user should be told."""
+    if format == "gptq_v2":
+        reason = 'format "gptq_v2" has no place for activation scales'
+        return replace(quant, activations="none"), [f"WEIGHTS ONLY (16-bit activations): {reason}"]
     if quant.activations == "static" and quant.sites and quant.zero_point == "real":
         if not round_zero_point:
             raise ValueError(
@@ -182,8 +188,10 @@ def quantize_model(
     """
     device = torch.device(device)
     check_output(output, overwrite)
-    quant, messages = stored_quant_config(model.quant, round_zero_point)
+    quant, messages = stored_quant_config(model.quant, round_zero_point, format)
     stored_format = choose_format(quantizer.bits, quantizer.symmetric, format)
+    if stored_format == "gptq_v2":
+        check_gptq(model, quantizer.bits, quantizer.group_size)
     layers = plan(model, quantizer, quant)
     batches = list(calibration) if quantizer.needs_hessian else []
     num_tokens = sum(ids.numel() for ids in batches)

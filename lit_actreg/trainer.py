@@ -42,7 +42,8 @@ class ActRegTrainer(Trainer):
             ckpt_path: The .ckpt file of a fit, or an unquantized Hugging Face folder.
             calibration_tokens: Tokens of the training text that calibration sees.
             seed: Seed of their choice.
-            format: Storage of the weights; "auto" packs where stock readers can load it.
+            format: Storage of the weights; "auto" packs where stock readers can load it; "gptq_v2" is an export of
+                the weights alone for GPTQModel and the like, with 16-bit activations.
             round_zero_point: Move zero points of a model trained with real ones to the nearest integers.
             overwrite: Replace a quantized checkpoint that is already in the output folder.
             dry_run: Print layers, groups, memory and kernels, refuse what cannot work, and write nothing.
