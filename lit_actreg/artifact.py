@@ -33,6 +33,7 @@ from lit_actreg.compressed_tensors import (
     read_quantization_config,
 )
 from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
+from lit_actreg.gptq_format import gptq_config, to_gptq
 from lit_actreg.huggingface import (
     check_tensors,
     huggingface_config,
@@ -123,7 +124,8 @@ def write_artifact(
         path: Folder to write.
         artifact: What to write.
         tokenizer: A tokenizer.json, or a folder that has one.
-        format: Storage of the weights; "auto" packs where stock readers can load it.
+        format: Storage of the weights; "auto" packs where stock readers can load it, "gptq_v2" is the weights-only
+            export (:mod:`lit_actreg.gptq_format`), which :func:`read_artifact` does not read.
         overwrite: Whether an artifact that is already there is replaced.
     """
     check_output(path, overwrite)
@@ -134,9 +136,14 @@ def write_artifact(
     }
     for index, linears in enumerate(artifact.linears):
         for site, linear in linears.items():
-            tensors |= linear_to_file(config, index, site, linear, chosen)
+            stored = linear_to_file(config, index, site, linear, chosen)
+            tensors |= to_gptq(stored, linear.weight_bits) if chosen == "gptq_v2" else stored
     theirs = huggingface_config(config, artifact.vocab_size)
-    theirs["quantization_config"] = quantization_config(config, artifact.quant, first, chosen)
+    if chosen == "gptq_v2":
+        group_size = first.in_features // first.weight_scale.shape[1]
+        theirs["quantization_config"] = gptq_config(first.weight_bits, group_size, first.weight_zero_point is None)
+    else:
+        theirs["quantization_config"] = quantization_config(config, artifact.quant, first, chosen)
     theirs["lit_actreg"] = {"version": ARTIFACT_VERSION, "quantizer": artifact.quantizer}
 
     partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")

@@ -26,7 +26,7 @@ from lit_actreg.callbacks.loss_guard import LossGuard
 from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
 from lit_actreg.callbacks.throughput import Throughput
 from lit_actreg.checkpoint import is_sharded, last_checkpoint, read_checkpoint_info, whole_or_before
-from lit_actreg.config import OptimConfig, as_plain
+from lit_actreg.config import OptimConfig, QuantConfig, as_plain
 from lit_actreg.contracts import ENTRY_POINT_GROUP
 from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.module import LitLanguageModel
@@ -136,6 +136,10 @@ class ActRegCLI(LightningCLI):
         options.data.tokenizer = options.data.tokenizer or (info.tokenizer and str(info.tokenizer))
         if options.model.quant is None and info.quant is not None:
             options.model.quant = Namespace(as_plain(info.quant))
+        elif options.model.quant is None and subcommand != "fit":  # a model without clips: none are made up for it
+            activations = "token" if subcommand == "quantize" else "none"
+            options.model.quant = Namespace(as_plain(QuantConfig(activations=activations)))  # type: ignore[arg-type]
+            rank_zero_info(f'{path} has no clips: --model.quant.activations is "{activations}"')
         if info.folder is not None:
             options.model.init_from, options.ckpt_path = path, None
         rank_zero_info(f"Shape, vocabulary and tokenizer come from {path}")

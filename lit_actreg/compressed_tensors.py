@@ -27,16 +27,18 @@ from lit_actreg.contracts import QuantizedWeight
 from lit_actreg.huggingface import BLOCK_PREFIX, LINEARS, join_rows, split_rows
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 
-WeightFormat = Literal["auto", "int-quantized", "pack-quantized"]
+WeightFormat = Literal["auto", "int-quantized", "pack-quantized", "gptq_v2"]
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
     """Codes int8 [N, K] of 4 or 8 bits → int32 [N, ⌈K·bits/32⌉], first code in the lowest bits, rows zero-padded."""
     per_word = 32 // bits
-    unsigned = codes.to(torch.int64) - code_range(bits)[0]
+    unsigned = codes.to(torch.int32) - code_range(bits)[0]
     unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word))
-    words = (unsigned << (torch.arange(per_word) * bits)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    words = torch.zeros(unsigned.shape[:2], dtype=torch.int32)
+    for place in range(per_word):  # one place at a time: no temporary is larger than the codes
+        words |= unsigned[..., place] << (place * bits)
+    return words
 
 
 def unpack_int32(packed: Tensor, bits: int, num_columns: int) -> Tensor:
@@ -111,6 +113,11 @@ def quantization_config(
 
 def read_quantization_config(theirs: Mapping[str, Any], style: str) -> tuple[QuantConfig, dict[str, Any]]:
     """How inputs are quantized, and the weights' scheme, of a "quantization_config" that we wrote."""
+    if theirs.get("quant_method") != "compressed-tensors":
+        raise ValueError(
+            f'quant_method "{theirs.get("quant_method")}" is an export that lit-actreg does not read back: name the '
+            "artifact in compressed-tensors' form, or the checkpoint"
+        )
     quant, weights = QuantConfig(activations="none", sites=[]), {}
     for group in theirs["config_groups"].values():
         weights, inputs = group["weights"], group["input_activations"]

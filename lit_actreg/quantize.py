@@ -2,21 +2,20 @@
 
 For every block: the second moments of its linears' inputs, on the activation grid and behind quantized blocks
 (:mod:`lit_actreg.quant.calibration`); a quantizer makes each weight's codes; the result is saved; the hidden states
-advance through the quantized block. Learned clips become the activation scales.
+advance through the quantized block. Learned clips, or clips calibrated here, become the activation scales.
 
 Resuming: finished blocks lie in ``<output>.work`` (:mod:`lit_actreg.resume`). The same command reads them instead of
 calibrating, and gives the same bytes. The folder goes when the artifact is in its place.
 
 Memory: the model, one block and its moments and factors on the device, and the hidden states on the host; the report
-states the terms (:func:`memory_estimate`).
+states the terms (:func:`lit_actreg.plan.memory_estimate`).
 """
 
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,49 +27,16 @@ from lit_actreg.artifact import Artifact, check_output, write_artifact
 from lit_actreg.compressed_tensors import WeightFormat, choose_format
 from lit_actreg.config import SITES, QuantConfig, Site
 from lit_actreg.contracts import QuantizedWeight, Quantizer
+from lit_actreg.gptq_format import check_gptq
 from lit_actreg.model import Block, Decoder
-from lit_actreg.quant.calibration import advance, embed_tokens, input_hessians
+from lit_actreg.plan import memory_estimate, plan_layers, stored_quant_config
+from lit_actreg.quant.calibration import advance, calibrate_clips, embed_tokens, input_hessians
+from lit_actreg.quant.clips import ClipMethod
 from lit_actreg.quant.linear import QuantLinear
-from lit_actreg.quant.quantized_linear import QuantizedLinear, int4_obstacle
-from lit_actreg.quant.weight_grid import dequantize_weight, num_groups, relative_layer_error, round_to_nearest
+from lit_actreg.quant.quantized_linear import QuantizedLinear
+from lit_actreg.quant.weight_grid import dequantize_weight, relative_layer_error, round_to_nearest
 from lit_actreg.report import print_report
 from lit_actreg.resume import WorkFolder, fingerprint
-
-
-def stored_quant_config(quant: QuantConfig, round_zero_point: bool) -> tuple[QuantConfig, list[str]]:
-    """How the artifact's inputs are quantized, given how the model was trained, and what the user should be told."""
-    if quant.activations == "static" and quant.sites and quant.zero_point == "real":
-        if not round_zero_point:
-            raise ValueError(
-                'the model was trained with zero_point "real", which no checkpoint format can hold: set '
-                'round_zero_point to move each to the nearest integer, or train with zero_point "integer"'
-            )
-        return replace(quant, zero_point="integer"), ["zero points were rounded: inputs differ from those in training"]
-    if quant.activations in ("static", "token") and quant.sites:
-        return quant, []
-    reason = f'the model\'s activations are "{quant.activations}"' if quant.sites else "the model has no quantized site"
-    return replace(quant, activations="none"), [f"WEIGHTS ONLY (16-bit activations): {reason}"]
-
-
-def memory_estimate(model: Decoder, calibration: Sequence[Tensor]) -> dict[str, int]:
-    """Expected memory in bytes, term by term. The device's terms are one block's; without calibration few remain."""
-    shapes = [getattr(model.blocks[0], site).weight.shape for site in SITES]
-    num_weights, largest = sum(n * k for n, k in shapes), max(k for _, k in shapes)
-    num_tokens = sum(ids.numel() for ids in calibration)
-    batch_tokens = max((ids.numel() for ids in calibration), default=0)
-    return {
-        "host_model": 4 * model.num_parameters(),
-        "host_codes": len(model.blocks) * num_weights,
-        "host_hidden_states": 4 * num_tokens * model.config.width,
-        "device_block": 4 * num_weights,
-        # Σ (N + 2K): every linear's output, its input and that on the grid
-        "device_activations": 4 * batch_tokens * sum(n + 2 * k for n, k in shapes),
-        "device_hessians": 4 * sum(k * k for _, k in shapes) if calibration else 0,
-        # float64: H, its Cholesky factor, the identity, the inverse, and one copy within the solver
-        "device_factor_workspace": 5 * 8 * largest * largest if calibration else 0,
-        # the largest weight beside its copy that is updated, its dequantized form and codes
-        "device_weight_workspace": 13 * max(n * k for n, k in shapes),
-    }
 
 
 def float_block(model: Decoder, index: int, quant: QuantConfig, device: torch.device) -> Block:
@@ -125,29 +91,40 @@ def _quantize_block(
     return weights, layers
 
 
-def plan(model: Decoder, quantizer: Quantizer, quant: QuantConfig) -> list[dict[str, Any]]:
-    """Shapes, groups and the kernel that will serve each layer; refuses a group size that does not divide."""
-    layers = []
-    for index, block in enumerate(model.blocks):
-        for site in SITES:
-            linear = getattr(block, site)
-            try:
-                groups = num_groups(linear.in_features, quantizer.group_size)
-            except ValueError as error:
-                raise ValueError(f"blocks.{index}.{site}: {error}") from None
-            inputs = quant.activations if site in quant.sites else "none"
-            obstacle = int4_obstacle(quantizer.bits, quantizer.symmetric, inputs)
-            layers.append(
-                {
-                    "layer": f"blocks.{index}.{site}",
-                    "shape": [linear.out_features, linear.in_features],
-                    "bits": quantizer.bits,
-                    "groups": groups,
-                    "activations": inputs,
-                    "kernel": "int4" if obstacle is None else "float",
-                }
-            )
-    return layers
+def estimate_seconds(
+    model: Decoder, quantizer: Quantizer, quant: QuantConfig, batches: list[Tensor], device: torch.device
+) -> float:
+    """Expected seconds of the loop over blocks, from its first block done for real on one batch.
+
+        blocks · (t_quantize + (tokens / tokens of the batch) · (t_moments + t_advance))
+
+    Nothing is assumed of the machine. What is left out is reading the checkpoint and writing the artifact.
+    """
+
+    def seconds(work: Callable[[], Any]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    block = float_block(model, 0, quant, device)
+    hidden = embed_tokens(model, batches[:1])
+    hessians: dict[Site, Tensor] = {}
+    passes = 0.0
+    if quantizer.needs_hessian:
+        hessians = input_hessians(block, "blocks.0", hidden, device)  # once for the libraries to wake up
+        passes += seconds(lambda: input_hessians(block, "blocks.0", hidden, device))
+    if hidden:
+        passes += seconds(lambda: advance(block, hidden, device))
+    _quantize_layer(block.attn_proj, "blocks.0.attn_proj", quantizer, hessians.get("attn_proj"))
+    rounding = seconds(
+        lambda: [_quantize_layer(getattr(block, s), f"blocks.0.{s}", quantizer, hessians.get(s)) for s in SITES]
+    )
+    num_batches = sum(ids.numel() for ids in batches) / batches[0].numel() if batches else 0.0
+    return len(model.blocks) * (rounding + num_batches * passes)
 
 
 def quantize_model(
@@ -162,33 +139,38 @@ def quantize_model(
     dry_run: bool = False,
     format: WeightFormat = "auto",
     round_zero_point: bool = False,
+    calibrate: ClipMethod | None = None,
 ) -> dict[str, Any]:
     """Quantizes a decoder and writes the artifact; the model itself is left as it is.
 
     Args:
         model: The trained decoder, on any device.
         quantizer: What turns weights into codes.
-        calibration: Token ids int64 [B, T] a batch; looked at only if the quantizer needs it.
+        calibration: Token ids int64 [B, T] a batch; looked at only if the quantizer or ``calibrate`` needs it.
         output: Folder of the artifact; ``<output>.work`` beside it holds finished blocks.
         tokenizer: A tokenizer.json, or a folder that has one, to go with it.
         device: Where a block is calibrated and quantized.
         overwrite: Whether an artifact, or another job's unfinished work, that is in the way is replaced.
-        dry_run: Checks everything, prints layers and memory, and writes nothing.
+        dry_run: Checks everything, prints layers, memory and expected seconds, and writes nothing.
         format: Storage of the weights.
         round_zero_point: Whether a model trained with a real zero point is moved to the nearest integer one.
+        calibrate: How static clips are set from the first calibration batch; None keeps the model's own.
 
     Returns:
         The report, as in report.json.
     """
     device = torch.device(device)
     check_output(output, overwrite)
-    quant, messages = stored_quant_config(model.quant, round_zero_point)
+    quant, messages = stored_quant_config(model.quant, round_zero_point, format, calibrate)
     stored_format = choose_format(quantizer.bits, quantizer.symmetric, format)
-    layers = plan(model, quantizer, quant)
-    batches = list(calibration) if quantizer.needs_hessian else []
+    if stored_format == "gptq_v2":
+        check_gptq(model, quantizer.bits, quantizer.group_size)
+    layers = plan_layers(model, quantizer, quant)
+    needs_tokens = quantizer.needs_hessian or calibrate is not None
+    batches = list(calibration) if needs_tokens else []
     num_tokens = sum(ids.numel() for ids in batches)
     largest = max(line["shape"][1] for line in layers)
-    if quantizer.needs_hessian and num_tokens == 0:
+    if needs_tokens and num_tokens == 0:
         raise ValueError("the calibration has no tokens: name a corpus with text, or a quantizer that needs none")
     if quantizer.needs_hessian and num_tokens < largest:
         messages.append(
@@ -203,22 +185,25 @@ def quantize_model(
         "activations": quant.activations,
         "activation_bits": quant.activation_bits if quant.activations != "none" else None,
         "calibration_tokens": num_tokens,
-        "memory_bytes": memory_estimate(model, batches),
+        "memory_bytes": memory_estimate(model, quantizer, batches),
         "messages": messages,
         "layers": layers,
     }
     if dry_run:
+        report["expected_seconds"] = round(estimate_seconds(model, quantizer, quant, batches, device), 1)
         print_report(report)
         return report
 
     started = time.perf_counter()
-    job = fingerprint(model, quant, {**options, "round_zero_point": round_zero_point}, batches)
+    job = fingerprint(model, quant, {**options, "round_zero_point": round_zero_point, "calibrate": calibrate}, batches)
     work = WorkFolder(output.with_name(f"{output.name}.work"), job, overwrite)
     hidden = embed_tokens(model, batches)
     linears: list[dict[Site, QuantizedLinear]] = []
     lines: list[dict[str, Any]] = []
     for index in tqdm(range(len(model.blocks)), desc="quantize", unit="block", file=sys.stdout):
         block = float_block(model, index, quant, device)
+        if calibrate is not None:
+            calibrate_clips(block, hidden[0], calibrate, device)
         finished = work.load(index, quantizer.bits)
         if finished is None:
             weights, block_lines = _quantize_block(block, index, quantizer, hidden, device)
@@ -239,6 +224,7 @@ def quantize_model(
     report["fallbacks"] = [line["layer"] for line in lines if "fallback" in line]
     report["worse_than_rtn"] = [line["layer"] for line in lines if line.get("error", 0) > line.get("rtn_error", 0)]
     report["seconds"] = round(time.perf_counter() - started, 3)
+    del hidden
     state = model.state_dict()
     outside = {name: t.detach() for name, t in state.items() if not any(f".{site}." in name for site in SITES)}
     artifact = Artifact(model.config, quant, model.vocab_size, outside, linears, report, options)

@@ -43,7 +43,10 @@ def print_report(report: dict[str, Any]) -> None:
     print(report_table(report))
     print("error: ‖(W − Ŵ)X̂‖² / ‖WX̂‖² over the calibration tokens; weight's: ‖W − Ŵ‖² / ‖W‖²")
     memory = ", ".join(f"{name.replace('_', ' ')} {size / 2**20:.1f}" for name, size in report["memory_bytes"].items())
-    print(f"expected memory (MiB): {memory}")
+    total = sum(report["memory_bytes"].values()) / 2**20
+    print(f"expected memory (MiB): {memory}; all together {total:.1f}")
+    if "expected_seconds" in report:
+        print(f"expected time: {report['expected_seconds']} s, from the first block on one batch")
     for message in report["messages"]:
         print(f"note: {message}")
     if report.get("fallbacks"):

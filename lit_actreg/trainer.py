@@ -1,16 +1,19 @@
 """The Trainer with our subcommands: the signatures of ``quantize`` and ``table`` *are* their command lines."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 
 from lit_actreg.artifact import is_artifact
-from lit_actreg.checkpoint import load_lightning_checkpoint
+from lit_actreg.checkpoint import is_sharded, load_lightning_checkpoint
 from lit_actreg.compressed_tensors import WeightFormat
 from lit_actreg.contracts import Quantizer
 from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.module import LitLanguageModel
+from lit_actreg.quant.clips import ClipMethod
 from lit_actreg.quantize import quantize_model
 from lit_actreg.table import fill_table, write_table
 
@@ -29,6 +32,7 @@ class ActRegTrainer(Trainer):
         seed: int = 0,
         format: WeightFormat = "auto",
         round_zero_point: bool = False,
+        calibrate: ClipMethod | None = None,
         overwrite: bool = False,
         dry_run: bool = False,
     ) -> None:
@@ -42,31 +46,47 @@ class ActRegTrainer(Trainer):
             ckpt_path: The .ckpt file of a fit, or an unquantized Hugging Face folder.
             calibration_tokens: Tokens of the training text that calibration sees.
             seed: Seed of their choice.
-            format: Storage of the weights; "auto" packs where stock readers can load it.
+            format: Storage of the weights; "auto" packs where stock readers can load it; "gptq_v2" is an export of
+                the weights alone for GPTQModel and the like, with 16-bit activations.
             round_zero_point: Move zero points of a model trained with real ones to the nearest integers.
+            calibrate: Set static clips from the calibration text by this method, for a model that was not trained with
+                clips; null keeps learned ones, and dynamic per-token grids where there are none.
             overwrite: Replace a quantized checkpoint that is already in the output folder.
-            dry_run: Print layers, groups, memory and kernels, refuse what cannot work, and write nothing.
+            dry_run: Print layers, groups, kernels, memory and expected time, refuse what cannot work, write nothing.
         """
         assert isinstance(model, LitLanguageModel)
         if model.init_from is not None and is_artifact(model.init_from):
             raise ValueError(f"{model.init_from} is quantized already: name the .ckpt file that it was made from")
+        from_huggingface = model.init_from is not None and model.init_from.is_dir() and not is_sharded(model.init_from)
+        if from_huggingface and model.quant.activations in ("static", "clamp") and calibrate is None:
+            raise ValueError(
+                f'{model.init_from} has no learned clips for activations "{model.quant.activations}": set calibrate '
+                '"mse", or --model.quant.activations token'
+            )
         model.configure_model()
         if ckpt_path is not None:
             model.load_state_dict(load_lightning_checkpoint(Path(ckpt_path))["state_dict"])
-        datamodule.prepare_data()
-        datamodule.setup("quantize")
+        assert isinstance(datamodule, TextDataModule)
+        batches: Iterable[Tensor] = ()
+        tokenizer = datamodule.given_tokenizer
+        if quantizer.needs_hessian or calibrate is not None:  # nothing else has a use for text
+            datamodule.prepare_data()
+            datamodule.setup("quantize")
+            batches = datamodule.calibration_batches(calibration_tokens, seed)
+            tokenizer = datamodule.tokenizer_path
         with torch.no_grad():
             quantize_model(
                 model.model,
                 quantizer,
-                datamodule.calibration_batches(calibration_tokens, seed),  # type: ignore[attr-defined]
+                batches,
                 Path(output),
-                datamodule.tokenizer_path,  # type: ignore[attr-defined]
+                tokenizer,
                 device=self.strategy.root_device,
                 overwrite=overwrite,
                 dry_run=dry_run,
                 format=format,
                 round_zero_point=round_zero_point,
+                calibrate=calibrate,
             )
 
     def table(

@@ -5,7 +5,7 @@ import torch
 from small_models import small_decoder, text_ids
 
 from lit_actreg.config import SITES
-from lit_actreg.quant.calibration import advance, embed_tokens, input_hessians
+from lit_actreg.quant.calibration import advance, calibrate_clips, embed_tokens, input_hessians
 
 CPU = torch.device("cpu")
 
@@ -55,3 +55,17 @@ def test_hooks_do_not_stay():
     model = small_decoder("neox")
     input_hessians(model.blocks[0], "blocks.0", embed_tokens(model, [text_ids(2)]), CPU)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_clips_are_set_from_inputs_behind_the_grids_before_them():
+    model = small_decoder("llama")
+    block = model.blocks[0]
+    x_BTD = embed_tokens(model, [text_ids(2)])[0]
+    calibrate_clips(block, x_BTD, "minmax", CPU)
+    clips = {site: getattr(block, site).input_quantizer for site in SITES}
+    clips = {site: (quantizer.low.item(), quantizer.high.item()) for site, quantizer in clips.items()}
+    seen = {}
+    for site in SITES:
+        getattr(block, site).register_forward_pre_hook(lambda _, args, site=site: seen.update({site: args[0]}))
+    block(x_BTD, *model.embed(text_ids(2))[1:])
+    assert clips == {site: (x.min().item(), x.max().item()) for site, x in seen.items()}

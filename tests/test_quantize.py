@@ -154,3 +154,27 @@ def test_a_bad_weight_names_the_layer(tmp_path):
     model.blocks[1].qkv.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"blocks\.1\.qkv: the weight has NaN"):
         quantize_model(model, RTN(), [], tmp_path / "out")
+
+
+def test_a_model_without_clips_gets_calibrated_ones(tmp_path, capsys):
+    model = small_decoder("llama", QuantConfig(activations="none"))
+    with pytest.warns(UserWarning, match='clips were calibrated by "minmax"'):
+        quantize_model(model, RTN(), CALIBRATION, tmp_path / "out", calibrate="minmax")
+    assert "clips were calibrated" in capsys.readouterr().out
+    read = read_artifact(tmp_path / "out")
+    assert read.quant.activations == "static"
+    scales = [block.get_submodule(site).input_scale.item() for block in read.blocks for site in SITES]
+    assert len(set(scales)) == 8
+
+
+def test_clips_cannot_be_calibrated_for_an_export_without_activations(tmp_path):
+    with pytest.raises(ValueError, match="has no place for clips"):
+        quantize_model(small_decoder("neox"), RTN(), CALIBRATION, tmp_path / "out", format="gptq_v2", calibrate="mse")
+
+
+def test_a_dry_run_tells_the_time_of_the_job(tmp_path, capsys):
+    model = small_decoder("neox", layers=6)
+    dry = quantize_model(model, GPTQ(), CALIBRATION, tmp_path / "out", dry_run=True)
+    assert "expected time" in capsys.readouterr().out
+    done = quantize_model(model, GPTQ(), CALIBRATION, tmp_path / "out")
+    assert 0.2 * done["seconds"] < dry["expected_seconds"] + 0.1 < 5 * done["seconds"] + 0.5  # busy machines

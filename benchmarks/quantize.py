@@ -1,0 +1,101 @@
+"""Memory and time of a quantization against what its dry run foretells, on a random model of a given size.
+
+    python benchmarks/quantize.py --size 100m --tokens 16384                            # a CPU will do
+    python benchmarks/quantize.py --size 1b --tokens 262144 --context 2048 --batch 8    # an H100
+
+Weights are random: memory and time do not depend on their values. Peak memory is measured from when the model is there:
+
+    host      the process's largest resident set (getrusage) less what it was before the model was made
+    device    torch.cuda.max_memory_allocated
+
+and stands beside the sums of the terms of :func:`lit_actreg.plan.memory_estimate`; on a CPU, where the device's terms
+lie in the same memory, beside the sum of all.
+"""
+
+import argparse
+import contextlib
+import io
+import resource
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from lit_actreg_plugins.gptq import GPTQ
+from lit_actreg_plugins.rtn import RTN
+
+from lit_actreg.config import ModelConfig, QuantConfig
+from lit_actreg.model import Decoder
+from lit_actreg.quantize import quantize_model
+
+SIZES = {  # the paper's block: 12 · layers · width² weights in linears, and the embedding
+    "10m": (ModelConfig(num_layers=4, width=384, num_heads=6, context=2048), 8192),
+    "100m": (ModelConfig(num_layers=12, width=768, num_heads=12, context=2048), 32768),
+    "1b": (ModelConfig(num_layers=24, width=1920, num_heads=16, context=2048), 50432),
+}
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="100m")
+    parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a calibration sequence")
+    parser.add_argument("--batch", type=int, default=4, help="sequences a batch")
+    parser.add_argument("--method", choices=["GPTQ", "RTN"], default="GPTQ")
+    parser.add_argument("--group_size", type=int, default=None)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        torch.zeros((), device=device)  # the context is no part of the job
+
+    before = resident()
+    config, vocab_size = SIZES[options.size]
+    model = Decoder(config, QuantConfig(), vocab_size).requires_grad_(False)
+    quantizer = GPTQ(4, options.group_size) if options.method == "GPTQ" else RTN(4, options.group_size)
+    num_batches = max(1, options.tokens // (options.batch * options.context))
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_batches, options.batch, options.context)
+    batches = list(torch.randint(vocab_size, shape, generator=generator))
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        output = Path(folder) / "artifact"
+        dry = quantize_model(model, quantizer, batches, output, device=device, dry_run=True)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
+        report = quantize_model(model, quantizer, batches, output, device=device)
+        seconds = time.perf_counter() - started
+        size = (output / "model.safetensors").stat().st_size
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    terms = report["memory_bytes"]
+    on_device = sum(value for term, value in terms.items() if term.startswith("device"))
+    everything = sum(terms.values())
+
+    job = f"{options.method}, {model.num_parameters() / 1e6:.0f} M parameters, {report['calibration_tokens']} tokens"
+    print(f"{name}; torch {torch.__version__}; {job} in batches of {options.batch} × {options.context}")
+    for term, value in terms.items():
+        print(f"  {term.replace('_', ' '):26} {value / 2**20:9.1f} MiB")
+    print(f"  file {size / 2**20:.1f} MiB")
+    if device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated(device)
+        print(f"device: estimate {on_device / 2**20:.0f} MiB, measured {allocated / 2**20:.0f} MiB")
+        print(f"host:   estimate {(everything - on_device) / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB")
+    else:
+        print(f"memory: estimate {everything / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB")
+    rounding = sum(layer["seconds"] for layer in report["layers"])
+    print(f"seconds: dry run {dry['expected_seconds']:.1f}, loop {report['seconds']:.1f} (layers' rounding", end=" ")
+    print(f"{rounding:.1f}), all {seconds:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What a quantization will do and what it will need, known before any calibration.
+
+How inputs will be stored, the shape, groups and kernel of every layer, memory term by term; and everything that cannot
+work is refused here. The time is measured, not computed: :func:`lit_actreg.quantize.estimate_seconds`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lit_actreg.compressed_tensors import WeightFormat
+from lit_actreg.config import SITES, QuantConfig
+from lit_actreg.contracts import Quantizer
+from lit_actreg.model import Decoder
+from lit_actreg.quant.clips import ClipMethod
+from lit_actreg.quant.quantized_linear import int4_obstacle
+from lit_actreg.quant.weight_grid import num_groups
+
+
+def stored_quant_config(
+    quant: QuantConfig, round_zero_point: bool, format: WeightFormat, calibrate: ClipMethod | None
+) -> tuple[QuantConfig, list[str]]:
+    """How the artifact's inputs are quantized, given how the model was trained, and what the user should be told."""
+    if format == "gptq_v2" and calibrate is not None:
+        raise ValueError(
+            f'format "gptq_v2" has no place for clips: leave calibrate "{calibrate}" out, or choose "auto"'
+        )
+    if format == "gptq_v2":
+        reason = 'format "gptq_v2" has no place for activation scales'
+        return replace(quant, activations="none"), [f"WEIGHTS ONLY (16-bit activations): {reason}"]
+    if calibrate is not None:
+        if not quant.sites:
+            raise ValueError(f'calibrate "{calibrate}" has no site whose clips it could set: name quant.sites')
+        return replace(quant, activations="static", zero_point="integer"), [f'clips were calibrated by "{calibrate}"']
+    if quant.activations == "static" and quant.sites and quant.zero_point == "real":
+        if not round_zero_point:
+            raise ValueError(
+                'the model was trained with zero_point "real", which no checkpoint format can hold: set '
+                'round_zero_point to move each to the nearest integer, or train with zero_point "integer"'
+            )
+        return replace(quant, zero_point="integer"), ["zero points were rounded: inputs differ from those in training"]
+    if quant.activations in ("static", "token") and quant.sites:
+        return quant, []
+    reason = f'the model\'s activations are "{quant.activations}"' if quant.sites else "the model has no quantized site"
+    return replace(quant, activations="none"), [f"WEIGHTS ONLY (16-bit activations): {reason}"]
+
+
+def plan_layers(model: Decoder, quantizer: Quantizer, quant: QuantConfig) -> list[dict[str, Any]]:
+    """Shapes, groups and the kernel that will serve each layer; refuses a group size that does not divide."""
+    layers = []
+    for index, block in enumerate(model.blocks):
+        for site in SITES:
+            linear = getattr(block, site)
+            try:
+                groups = num_groups(linear.in_features, quantizer.group_size)
+            except ValueError as error:
+                raise ValueError(f"blocks.{index}.{site}: {error}") from None
+            inputs = quant.activations if site in quant.sites else "none"
+            obstacle = int4_obstacle(quantizer.bits, quantizer.symmetric, inputs)
+            layers.append(
+                {
+                    "layer": f"blocks.{index}.{site}",
+                    "shape": [linear.out_features, linear.in_features],
+                    "bits": quantizer.bits,
+                    "groups": groups,
+                    "activations": inputs,
+                    "kernel": "int4" if obstacle is None else "float",
+                }
+            )
+    return layers
+
+
+def memory_estimate(model: Decoder, quantizer: Quantizer, calibration: Sequence[Tensor]) -> dict[str, int]:
+    """Expected memory in bytes, term by term; the job never needs more than their sum.
+
+    The device's terms are one block's. Scales, biases and token ids are left out: they are hundreds of times smaller.
+    """
+    shapes = [getattr(model.blocks[0], site).weight.shape for site in SITES]
+    num_weights, largest = sum(n * k for n, k in shapes), max(k for _, k in shapes)
+    num_tokens = sum(ids.numel() for ids in calibration)
+    batch_tokens = max((ids.numel() for ids in calibration), default=0)
+    return {
+        "host_model": 4 * model.num_parameters(),
+        "host_codes": len(model.blocks) * num_weights,
+        # the file's tensors, made beside the codes when all blocks are done
+        "host_file": (len(model.blocks) * num_weights * (quantizer.bits if quantizer.bits in (4, 8) else 8)) // 8,
+        "host_hidden_states": 4 * num_tokens * model.config.width,
+        "device_block": 4 * num_weights,
+        # Σ (N + 2K): every linear's output, its input and that on the grid
+        "device_activations": 4 * batch_tokens * sum(n + 2 * k for n, k in shapes),
+        "device_hessians": 4 * sum(k * k for _, k in shapes) if quantizer.needs_hessian else 0,
+        # float64: H, its Cholesky factor, the identity, the inverse, and one copy within the solver
+        "device_factor_workspace": 5 * 8 * largest * largest if quantizer.needs_hessian else 0,
+        # the largest weight beside its copy that is updated, its dequantized form and codes
+        "device_weight_workspace": 13 * max(n * k for n, k in shapes),
+    }
