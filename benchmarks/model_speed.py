@@ -84,7 +84,7 @@ def quantized_decoder(config: ModelConfig, vocab_size: int, ids: Tensor) -> tupl
     def clip_at_3_sigma(linear: QuantLinear, args: tuple[Tensor]) -> None:
         clips, span = linear.input_quantizer, 3 * args[0].std()
         clips.low.data.fill_(-span if clips.lower_bound is None else GELU_MINIMUM)
-        clips.high.data.fill_(span)
+        clips.high.data.fill_(1.07 * span)  # not symmetric: ±c has the zero point −½, a toss of the last bit
 
     linears = [(block, site, getattr(block, site)) for block in fake.blocks for site in SITES]
     weights = [round_to_nearest(linear.weight, 4, None, True, "minmax") for _, _, linear in linears]
