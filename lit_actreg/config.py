@@ -85,7 +85,7 @@ class QuantConfig:
     activation_bits: int = 4
     zero_point: Literal["integer", "real"] = "integer"
     sites: list[Site] = field(default_factory=lambda: list(SITES))
-    outside_gradient: Literal["masked", "passed", "inward"] = "masked"
+    outside_gradient: Literal["masked", "passed"] = "masked"
 
     def __post_init__(self) -> None:
         if not 2 <= self.activation_bits <= 8:

@@ -23,7 +23,7 @@ import torch
 from lit_actreg_kernels.grid import code_range, grid_from_clips, grid_per_token
 from torch import Tensor
 
-Outside = Literal["masked", "passed", "inward"]
+Outside = Literal["masked", "passed"]
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -55,12 +55,7 @@ class _FakeQuantize(torch.autograd.Function):
         delta = (
             torch.where(above | below, 0.0, (u - u.round()) / (q_max - q_min)) if ctx.rounds else torch.zeros_like(u)
         )
-        if ctx.outside == "masked":
-            dx = torch.where(above | below, 0.0, g)
-        elif ctx.outside == "inward":
-            dx = torch.where((above & (g < 0)) | (below & (g > 0)), 0.0, g)
-        else:
-            dx = g
+        dx = torch.where(above | below, 0.0, g) if ctx.outside == "masked" else g
         d_low = (torch.where(below, g, 0.0) + delta * g).sum(-1).sum().reshape(1)
         d_high = (torch.where(above, g, 0.0) - delta * g).sum(-1).sum().reshape(1)
         return dx.to(x.dtype), d_low, d_high, None, None, None, None
@@ -78,8 +73,7 @@ def fake_quantize(
     """x̂ of x [...] on the grid that spans the clips ``low`` and ``high`` [1], in the dtype of x.
 
     Args:
-        outside: Gradient of an x outside its clips: "masked", none, as published; "passed", g; "inward", g where a
-            step along −g would bring x back.
+        outside: Gradient of an x outside its clips: "masked", none, as published; "passed", g.
         rounds: False clamps to the grid's ends without rounding: the paper's activation clamping.
     """
     return _FakeQuantize.apply(x, low, high, bits, integer_zero_point, outside, rounds)  # type: ignore[no-any-return]
