@@ -20,7 +20,7 @@ SEEDS = (1, 2, 3)
 STEPS, LR, CONTEXT, VOCAB_SIZE = 300, 4e-3, 32, 512
 SHAPE = ModelConfig(num_layers=2, width=64, num_heads=2, context=CONTEXT)
 RECIPES = {
-    # ±4 at every site (0 … 4 codes of which after GELU start at its minimum), moved by the weights' learning rate
+    # ±4 at every site (after GELU −0.17 … 4, its c⁻ fixed), moved by the learning rate of the weights
     "naive": lambda: [ClipSchedule(lr=LR, unit="absolute", calibrate_steps=[])],
     "shipped": lambda: [ClipSchedule(), KurtosisRegularization()],
 }
