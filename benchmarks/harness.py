@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
-from lit_actreg_kernels.dependent_launch import launch_dependents, wait_for_inputs
 from torch import Tensor
 from triton.errors import TritonError
 
@@ -139,9 +137,8 @@ class _Quiet:
 
 
 @triton.jit
-def _nothing_kernel(x_ptr, PDL: tl.constexpr):
-    launch_dependents(PDL)
-    wait_for_inputs(PDL)
+def _nothing_kernel(x_ptr):
+    pass
 
 
 @dataclass
@@ -151,7 +148,6 @@ class Ceilings:
     copy: float  # bytes a µs, read and written
     int8: float  # integer operations a µs, from the fastest product of 8192³ that was timed
     launch: float  # µs a kernel of 132 empty programs in a CUDA graph
-    dependent_launch: float  # the same, launched dependently
 
     def floor(self, num_bytes: float, operations: float) -> float:
         """µs below which nothing can go on this GPU; the launch comes on top."""
@@ -162,16 +158,15 @@ def measure_ceilings(int8_product_8192: Callable[[], Tensor]) -> Ceilings:
     source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
     source.random_()
 
-    def nothing(pdl: bool) -> Tensor:
+    def nothing(problem: None) -> Tensor:
         for _ in range(20):
-            _nothing_kernel[(132,)](source, PDL=pdl, launch_pdl=pdl)
+            _nothing_kernel[(132,)](source)
         return source
 
     candidates = [
         Candidate("copy", lambda _: target.copy_(source)),
         Candidate("int8", lambda _: int8_product_8192()),
-        Candidate("launch", lambda _: nothing(False)),
-        Candidate("dependent launch", lambda _: nothing(True)),
+        Candidate("launch", nothing),
     ]
-    copy, int8, launch, dependent = (timing.median for timing in measure(candidates, [None], rounds=10))
-    return Ceilings(2 * (1 << 30) / copy, 2 * 8192**3 / int8, launch / 20, dependent / 20)
+    copy, int8, launch = (timing.median for timing in measure(candidates, [None], rounds=10))
+    return Ceilings(2 * (1 << 30) / copy, 2 * 8192**3 / int8, launch / 20)

@@ -1,7 +1,7 @@
 """How fast the W4A4 linear is, against bfloat16 `F.linear`, `torch._int_mm` and a plain Triton int8 GEMM (needs a GPU).
 
     python benchmarks/int4_linear.py [--cases gemm linear norm decode] [--out benchmarks/results/NAME.csv]
-    python benchmarks/int4_linear.py --quick          # checks, then tiles of every regime, in about 90 seconds
+    python benchmarks/int4_linear.py --quick          # checks, then tiles of every regime, in about a minute
 
 Both check integers over tails first, compile on all cores, and measure this GPU's ceilings (:mod:`harness` has the
 method). A row is printed only if its output passed the check against :mod:`lit_actreg_kernels.reference`; a failure
@@ -39,26 +39,25 @@ from int4_problem import (
     bytes_moved,
     check_integers,
     from_codes,
-    from_float,
     from_float_per_token,
-    fused_norm_codes,
     int8_candidate,
     int_mm_candidate,
     linear_reference,
     make_problem,
     make_problems,
-    norm_reference,
-    normed,
+    norm_candidates,
     per_token_reference,
+    static_candidate,
 )
 from int4_tiles import sweep, sweep_candidates, tiles_to_check
 from int8_gemm import INT8_TILES
-from torch.nn import functional
 
 PREFILL_SHAPES = [(8192, 8192, 8192), (4096, 4096, 4096), (4096, 11008, 4096), (16384, 8192, 2048)]
 DECODE_SHAPES = [(m, n, k) for m in (1, 16, 64) for n, k in ((4096, 4096), (11008, 4096), (8192, 8192))]
 BARS = {"gemm": 1.5, "linear": 1.4, "norm": 1.45, "decode": 3.3, "decode M=64": 2.6}
-QUICK_SHAPES = [*DECODE_SHAPES[:6], DECODE_SHAPES[8], *PREFILL_SHAPES]
+QUICK_SHAPES = [*DECODE_SHAPES, (256, 8192, 8192), *PREFILL_SHAPES]
+# These need all the kernels that the others use: sizes are arguments, and only a row's length is compiled in (M = 1).
+QUICK_KERNELS = [(1, 4096, 4096), *((m, 8192, 8192) for m in (1, 16, 64, 256))]
 
 
 def best_int8(problems: list[Problem]) -> Candidate:
@@ -74,11 +73,10 @@ def candidates_of(case: str, int8: list[Candidate]) -> list[Candidate]:
         ours = Candidate("w4a4, codes in", lambda p: from_codes(p, p.codes), linear_reference)
         return [bf16_candidate(), int_mm_candidate(), *int8, ours]
     if case == "norm":
-        fused = Candidate("w4a4, fused norm", lambda p: from_codes(p, fused_norm_codes(p)), norm_reference)
-        return [Candidate("bf16 rms_norm, F.linear", lambda p: functional.linear(normed(p), p.weight)), fused]
+        return norm_candidates()
     return [
         bf16_candidate(),
-        Candidate("w4a4, static grid", from_float, linear_reference),
+        static_candidate(),
         Candidate("w4a4, per token", from_float_per_token, per_token_reference),
     ]
 
@@ -126,7 +124,7 @@ def print_table(cases: list[str], rounds: int, ceilings: Ceilings) -> list[dict[
 
 def ceilings_of_this_gpu() -> Ceilings:
     problem = make_problem(8192, 8192, 8192)
-    fastest = best_int8([problem])
+    fastest = int8_candidate(INT8_TILES[0])
     ceilings = measure_ceilings(lambda: fastest.call(problem))
     torch.cuda.empty_cache()
     return ceilings
@@ -152,7 +150,7 @@ def _compile(item: tuple[str, Shape, int]) -> None:
 def compile_ahead(cases: list[str], quick: bool) -> None:
     items = [("integers", shape, 0) for shape in TAILED_SHAPES]
     if quick:
-        items += [("sweep", shape, index) for shape in QUICK_SHAPES for index in range(1, 24)]
+        items += [("sweep", shape, index) for shape in QUICK_KERNELS for index in range(1, 24)]
     else:
         items += [(case, shape, index) for case in cases for shape in shapes_of(case) for index in range(1, 12)]
     compile_in_parallel(_compile, items)
@@ -186,7 +184,7 @@ def main() -> None:
     header = [
         " ".join(f"{name}={value}" for name, value in setting.items()),
         f"copy {ceilings.copy / 1e6:.2f} TB/s, int8 {ceilings.int8 / 1e6:.0f} TOP/s, empty kernel in a graph "
-        f"{ceilings.launch:.2f} µs, launched dependently {ceilings.dependent_launch:.2f} µs",
+        f"{ceilings.launch:.2f} µs",
     ]
     if arguments.quick:
         lines, rows = sweep(QUICK_SHAPES, min(arguments.rounds, 12), ceilings)

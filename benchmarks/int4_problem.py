@@ -4,15 +4,13 @@ Shapes are (M tokens, N outputs, K inputs).
 """
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from harness import Candidate
-from int8_gemm import int8_linear, unpack
+from int8_gemm import int8_linear
 from lit_actreg_kernels import grid, int4_linear, ops, reference
-from lit_actreg_kernels.dependent_launch import supports_dependent_launch
 from lit_actreg_kernels.int4_gemv import GemvTile
 from lit_actreg_kernels.int4_linear import Tile
 from torch import Tensor
@@ -127,16 +125,25 @@ def bf16_candidate() -> Candidate:
     return Candidate("bf16 F.linear", lambda p: functional.linear(p.x, p.weight))
 
 
+def static_candidate() -> Candidate:
+    """A layer as a model calls it: bfloat16 in, quantization included, the chosen tile."""
+    return Candidate("w4a4, static grid", from_float, linear_reference)
+
+
+def norm_candidates() -> list[Candidate]:
+    """RMSNorm and the linear behind it: in bfloat16, and with the codes leaving the norm."""
+    return [
+        Candidate("bf16 rms_norm, F.linear", lambda p: functional.linear(normed(p), p.weight)),
+        Candidate("w4a4, fused norm", lambda p: from_codes(p, fused_norm_codes(p)), norm_reference),
+    ]
+
+
 def int_mm_candidate() -> Candidate:
     return Candidate(
         "torch._int_mm (int32 out)",
         lambda p: torch._int_mm(p.codes, p.weight_codes.T),
         lambda p: reference.integer_matmul(p.codes, p.weight_codes),
     )
-
-
-def unpack_candidate() -> Candidate:
-    return Candidate("unpack to int8 alone", lambda p: unpack(p.packed))
 
 
 def int8_candidate(tile: Tile) -> Candidate:
@@ -162,24 +169,10 @@ def int4_candidate(tile: Tile | GemvTile, mode: str) -> Candidate:
     return Candidate(f"w4a4 {mode} {describe(tile)}", call, linear_reference)
 
 
-def launched_one_by_one(candidate: Candidate) -> Candidate:
-    """The same without dependent launch: what that is worth."""
-
-    def call(p: Problem) -> Tensor:
-        os.environ["LIT_ACTREG_PDL"] = "0"
-        supports_dependent_launch.cache_clear()
-        try:
-            return candidate.call(p)
-        finally:
-            del os.environ["LIT_ACTREG_PDL"]
-            supports_dependent_launch.cache_clear()
-
-    return Candidate(f"{candidate.name} no-PDL", call, candidate.expect)
-
-
 def describe(tile: Tile | GemvTile) -> str:
     if isinstance(tile, GemvTile):
-        return f"gemv n{tile.block_n} w{tile.num_warps} s{tile.num_stages} p{tile.programs_per_sm}"
+        way = f"s{tile.num_stages} p{tile.programs_per_sm}" if tile.programs_per_sm else "at once"
+        return f"gemv n{tile.block_n} w{tile.num_warps} {way}"
     split = f"/{tile.split_k}" if tile.split_k > 1 else ""
     kernel = "hopper " if tile.hopper else ""
     return f"{kernel}{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}{split}"

@@ -1,13 +1,15 @@
 """The tiles worth timing, per regime, and the sweep over them: what `choose_tile` and `choose_gemv_tile` are made from.
 
-A sweep's lines read `shape, floor | candidate, µs, × bf16 [<- chosen]`; the chosen ones are what the tables take today.
+A sweep's lines read `shape, floor, bf16` and then `candidate, µs, × bf16 [<- chosen]`; the chosen ones are what the
+tables take today. From prefill shapes on, the rows of a layer as models call it follow: with the quantization, and with
+the norm before it, whose ratio is to bfloat16 with its norm. Spreads are in the CSV.
 """
 
 import sys
 from dataclasses import replace
 
 import torch
-from harness import Candidate, Ceilings, measure, usable
+from harness import Candidate, Ceilings, Timing, measure, usable
 from int4_problem import (
     Shape,
     bf16_candidate,
@@ -16,70 +18,59 @@ from int4_problem import (
     int4_candidate,
     int8_candidate,
     int_mm_candidate,
-    launched_one_by_one,
     make_problems,
-    unpack_candidate,
+    norm_candidates,
+    static_candidate,
 )
 from int8_gemm import INT8_TILES
 from lit_actreg_kernels import int4_gemv, int4_linear
 from lit_actreg_kernels.int4_gemv import GemvTile
 from lit_actreg_kernels.int4_linear import Tile
 
-TRITON_PREFILL = [
-    Tile(128, 128, 64, 4, 3),
-    Tile(128, 128, 64, 4, 4),
-    Tile(128, 128, 64, 8, 4),
-    Tile(128, 256, 64, 8, 4),
-    Tile(256, 128, 64, 8, 3),
-    Tile(256, 128, 64, 8, 4),
-    Tile(128, 256, 128, 8, 3),
-]
-HOPPER_PREFILL = [
-    Tile(128, 256, 64, 8, 4, hopper=True),
-    Tile(128, 256, 64, 8, 3, hopper=True),
-    Tile(128, 128, 64, 4, 4, hopper=True),
-    Tile(128, 128, 64, 4, 3, hopper=True),
-]
-# (bytes of weights a step, warps, stages, programs a multiprocessor)
+TRITON_PREFILL = [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(64, 64, 128, 4, 4)]
+HOPPER_PREFILL = [Tile(128, 256, 64, 8, 4, hopper=True), Tile(128, 128, 64, 4, 4, hopper=True)]
+# (bytes of weights a step, warps), and for persistent ones (stages, programs a multiprocessor)
 GEMV = [
-    (8192, 4, 4, 2),
-    (8192, 4, 3, 4),
-    (8192, 4, 1, 16),
-    (16384, 4, 3, 2),
-    (16384, 4, 1, 16),
+    (8192, 4),
+    (16384, 4),
+    (16384, 8),
+    (32768, 8),
+    (65536, 8),
+    (65536, 16),
     (16384, 8, 4, 1),
     (16384, 8, 3, 2),
-    (16384, 8, 1, 16),
     (32768, 8, 3, 1),
-    (32768, 8, 2, 2),
 ]
 FEW = [  # M ≤ 16
-    Tile(16, 16, 512, 2, 4),
+    Tile(16, 16, 256, 2, 4),
     Tile(16, 32, 256, 2, 4),
-    Tile(16, 32, 256, 4, 4),
-    Tile(16, 32, 512, 4, 3),
-    Tile(16, 64, 128, 4, 6),
     Tile(16, 64, 256, 4, 4),
+    Tile(16, 64, 256, 8, 4),
+    Tile(16, 64, 512, 4, 3),
+    Tile(16, 128, 256, 8, 3),
     Tile(16, 32, 256, 2, 4, split_k=2),
     Tile(16, 64, 256, 4, 3, split_k=2),
-    Tile(16, 128, 128, 4, 4, split_k=4),
 ]
 MORE = [  # M ≤ 64
-    Tile(64, 64, 128, 4, 3),
+    Tile(64, 32, 256, 4, 3),
     Tile(64, 64, 128, 4, 4),
     Tile(64, 64, 256, 4, 3),
+    Tile(64, 64, 256, 8, 3),
     Tile(64, 64, 128, 4, 4, split_k=2),
-    Tile(64, 128, 128, 4, 3, split_k=2),
-    Tile(64, 128, 128, 4, 4, split_k=2),
-    Tile(64, 128, 128, 8, 4, split_k=2),
-    Tile(64, 128, 128, 8, 3, split_k=4),
-    Tile(64, 256, 64, 8, 4, split_k=4),
+    Tile(64, 64, 256, 4, 3, split_k=2),
+    Tile(64, 128, 128, 8, 3, split_k=2),
 ]
+
+MODES = ("fused", "separate", "codes")  # of int4_candidate
+
+
+def on_hopper() -> bool:
+    return torch.cuda.get_device_capability() == (9, 0)
 
 
 def chosen(shape: Shape) -> Tile | GemvTile:
     m, n, k = shape
-    return int4_gemv.choose_gemv_tile(n, k // 2) if m == 1 else int4_linear.choose_tile(m, n, k // 2)
+    return int4_gemv.choose_gemv_tile(n, k // 2) if m == 1 else int4_linear.choose_tile(m, n, k // 2, on_hopper())
 
 
 def tiles_of(shape: Shape) -> list[Tile | GemvTile]:
@@ -92,7 +83,7 @@ def tiles_of(shape: Shape) -> list[Tile | GemvTile]:
     elif m <= 64:
         tiles = [replace(tile, block_m=max(16, m)) for tile in (FEW if m <= 16 else MORE)]
     else:
-        tiles = [*TRITON_PREFILL, *(HOPPER_PREFILL if torch.cuda.get_device_capability() == (9, 0) else [])]
+        tiles = [*TRITON_PREFILL, *(HOPPER_PREFILL if on_hopper() else [])]
     first = chosen(shape)
     return [first, *(tile for tile in tiles if tile != first)]
 
@@ -102,12 +93,12 @@ def tiles_to_check(shape: Shape) -> list[Tile | GemvTile]:
     m, _, k = shape
     tiles: list[Tile | GemvTile] = [TRITON_PREFILL[1]]
     if m == 1:
-        tiles += [GemvTile(8, 4, 4, 2), GemvTile(8, 8, 1, 16)]
+        tiles += [GemvTile(8, 4, 4, 2), GemvTile(8, 8), GemvTile(16, 16)]
     if m <= 16:
         tiles += [Tile(16, 32, 128, 2, 4), Tile(16, 64, 128, 4, 3, split_k=2)]
     if m <= 64:
         tiles.append(Tile(64, 128, 128, 8, 3, split_k=2))
-    if torch.cuda.get_device_capability() == (9, 0) and k % 16 == 0:
+    if on_hopper() and k % 16 == 0:
         tiles += HOPPER_PREFILL
     return tiles
 
@@ -115,40 +106,52 @@ def tiles_to_check(shape: Shape) -> list[Tile | GemvTile]:
 def sweep_candidates(shape: Shape) -> list[Candidate]:
     """Baseline first."""
     tiles = tiles_of(shape)
-    mode = "fused" if shape[0] == 1 else "separate" if shape[0] <= 64 else "codes"
-    candidates = [bf16_candidate(), *(int4_candidate(tile, mode) for tile in tiles)]
+    codes_in = [int4_candidate(tile, "codes") for tile in tiles]
     if shape[0] == 1:
-        candidates.append(int4_candidate(tiles[0], "separate"))
+        fused = [int4_candidate(tile, "fused") for tile in tiles]
+        return [bf16_candidate(), *fused, *codes_in, int4_candidate(tiles[0], "separate")]
     if shape[0] <= 64:
-        return [*candidates, int4_candidate(tiles[0], "codes"), launched_one_by_one(candidates[1])]
-    return [*candidates, *(int8_candidate(tile) for tile in INT8_TILES), int_mm_candidate(), unpack_candidate()]
+        return [bf16_candidate(), *(int4_candidate(tile, "separate") for tile in tiles), codes_in[0]]
+    # The first int8 tile was the fastest at every shape.
+    yardsticks = [int8_candidate(INT8_TILES[0]), int_mm_candidate()]
+    return [bf16_candidate(), *codes_in, *yardsticks, static_candidate(), *norm_candidates()]
+
+
+def is_chosen(timing: Timing, default: str) -> bool:
+    return timing.name in [f"w4a4 {mode} {default}" for mode in MODES]
+
+
+def worth_printing(timings: list[Timing], default: str, keep: int) -> list[Timing]:
+    """Of each mode the ``keep`` fastest tiles and the chosen one; all yardsticks and rows of whole layers."""
+    shown: list[Timing] = []
+    for mode in MODES:
+        ours = [timing for timing in timings if timing.name.startswith(f"w4a4 {mode} ")]
+        ours.sort(key=lambda timing: timing.median)
+        shown += ours[:keep] + [timing for timing in ours[keep:] if is_chosen(timing, default)]
+    return shown + [timing for timing in timings if not timing.name.startswith("w4a4 ")]
 
 
 def sweep(
-    shapes: list[Shape], rounds: int, ceilings: Ceilings, keep: int = 5
+    shapes: list[Shape], rounds: int, ceilings: Ceilings, keep: int = 3
 ) -> tuple[list[str], list[dict[str, str | float]]]:
-    """Lines of a short table (the fastest tiles, those the tables take today, the yardsticks), and rows of them all."""
+    """Lines of a short table, and rows of everything timed."""
     lines: list[str] = []
     rows: list[dict[str, str | float]] = []
+    bf16_norm, fused_norm = (candidate.name for candidate in norm_candidates())
     for shape in shapes:
         m, n, k = shape
         problems = make_problems(shape)
         candidates = [candidate for candidate in sweep_candidates(shape) if usable(candidate, problems[0])]
         baseline, *timings = measure(candidates, problems, rounds)
+        medians = {timing.name: timing.median for timing in timings}
         floor = ceilings.floor(bytes_moved(shape, 1 if m > 64 else 2), 2 * m * n * k)
-        order = sorted(timings, key=lambda timing: timing.median)
-        tiles = [timing for timing in order if timing.name.startswith("w4a4") and "no-PDL" not in timing.name]
-        int8 = [timing for timing in order if timing.name.startswith("triton int8")]
         default = describe(chosen(shape))
-        shown = tiles[:keep] + [timing for timing in tiles[keep:] if timing.name.endswith(default)]
-        shown += int8[:1] + [timing for timing in timings if timing not in tiles and timing not in int8]
-        lines.append(f"{shape} floor {floor:.1f} bf16 {baseline.median:.1f} ({baseline.low:.1f}-{baseline.high:.1f})")
-        for timing in shown:
-            mark = " <- chosen" if timing.name.endswith(default) else ""
-            spread = f"{timing.low:.1f}-{timing.high:.1f}"
-            ratio = f"{baseline.median / timing.median:.2f}x"
-            lines.append(f"  {timing.name:40} {timing.median:7.1f} {spread:>13} {ratio}{mark}")
-        for timing in (baseline, *order):
+        lines.append(f"{shape} floor {floor:.1f} bf16 {baseline.median:.1f}")
+        for timing in worth_printing(timings, default, keep):
+            mark = " <- chosen" if is_chosen(timing, default) else ""
+            against = medians[bf16_norm] if timing.name == fused_norm else baseline.median
+            lines.append(f"  {timing.name:36} {timing.median:6.1f} {against / timing.median:.2f}x{mark}")
+        for timing in (baseline, *timings):
             numbers = {"us": timing.median, "us_p10": timing.low, "us_p90": timing.high, "us_floor": floor}
             numbers = {name: round(value, 3) for name, value in numbers.items()}
             rows.append({"M": m, "N": n, "K": k, "candidate": timing.name, **numbers})

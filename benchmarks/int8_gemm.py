@@ -1,9 +1,6 @@
-"""The yardstick of the W4A4 linear: a plain Triton int8 GEMM, tuned as well as ours; and what unpacking to it costs.
+"""The yardstick of the W4A4 linear: a plain Triton int8 GEMM, tuned as well as ours.
 
-    y = s_x · s_w · A Wᵀ        int8 A [M, K], W [N, K]; shapes that are multiples of the tile
-
-A W4A4 layer could unpack its weights once into an int8 workspace of N · K bytes and run this product. It then takes the
-time of both: `unpack` writes N · K bytes and reads half as many.
+y = s_x · s_w · A Wᵀ        int8 A [M, K], W [N, K]; shapes that are multiples of the tile
 """
 
 import torch
@@ -77,21 +74,3 @@ def int8_linear(codes: Tensor, weight: Tensor, act_scale: Tensor, weight_scale: 
         num_stages=tile.num_stages,
     )
     return y
-
-
-@triton.jit
-def _unpack_kernel(packed_ptr, codes_ptr, P, BLOCK: tl.constexpr):
-    """int8 codes [N, 2P] of packed uint8 [N, P], P a multiple of the block."""
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    packed = tl.load(packed_ptr + row * P + j).to(tl.int8, bitcast=True)
-    tl.store(codes_ptr + row * 2 * P + j, (packed << 4) >> 4)
-    tl.store(codes_ptr + row * 2 * P + P + j, packed >> 4)
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """The workspace: int8 [N, K] of packed uint8 [N, K / 2]."""
-    n, p = packed.shape
-    codes = packed.new_empty((n, 2 * p), dtype=torch.int8)
-    _unpack_kernel[(n, triton.cdiv(p, 1024))](packed, codes, p, BLOCK=1024, num_warps=2)
-    return codes

@@ -16,7 +16,6 @@ learned clips nor CUDA graphs need a synchronization.
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.dependent_launch import launch_dependents, supports_dependent_launch, wait_for_inputs
 from lit_actreg_kernels.grid import code_range
 from torch import Tensor
 
@@ -67,10 +66,7 @@ def _static_kernel(
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    launch_dependents(PDL)
-    wait_for_inputs(PDL)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets, mask=offsets < num, other=0.0)
     codes = to_codes(x, tl.load(scale_ptr), tl.load(zero_point_ptr), Q_MIN, Q_MAX)
@@ -88,10 +84,7 @@ def _per_token_kernel(
     Q_MAX: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    launch_dependents(PDL)
-    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -123,10 +116,7 @@ def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int)
     if x.numel():
         q_min, q_max = code_range(bits)
         programs = (triton.cdiv(x.numel(), _BLOCK),)
-        pdl = supports_dependent_launch(x.device)
-        _static_kernel[programs](
-            x, codes, scale, zero_point, x.numel(), q_min, q_max, BLOCK=_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
-        )
+        _static_kernel[programs](x, codes, scale, zero_point, x.numel(), q_min, q_max, BLOCK=_BLOCK, num_warps=4)
     return codes
 
 
@@ -139,7 +129,6 @@ def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor,
         q_min, q_max = code_range(bits)
         num_columns = x.shape[-1]
         block = min(triton.next_power_of_2(num_columns), _MAX_ROW_BLOCK)
-        pdl = supports_dependent_launch(x.device)
         _per_token_kernel[(scale.numel(),)](
             x,
             codes,
@@ -150,8 +139,6 @@ def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor,
             q_max,
             BLOCK_K=block,
             ONE_BLOCK=num_columns <= block,
-            PDL=pdl,
             num_warps=num_warps_for(block),
-            launch_pdl=pdl,
         )
     return codes, scale, zero_point

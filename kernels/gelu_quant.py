@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.act_quant import to_codes
-from lit_actreg_kernels.dependent_launch import launch_dependents, supports_dependent_launch, wait_for_inputs
 from lit_actreg_kernels.grid import code_range
 from torch import Tensor
 
@@ -40,10 +39,7 @@ def _activation_kernel(
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    launch_dependents(PDL)
-    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = h < H
@@ -65,7 +61,6 @@ def _launch(x: Tensor, width: int, gated: bool, scale: Tensor, zero_point: Tenso
     if codes.numel():
         q_min, q_max = code_range(bits)
         programs = (codes.numel() // width, triton.cdiv(width, _BLOCK))
-        pdl = supports_dependent_launch(x.device)
         _activation_kernel[programs](
             x,
             codes,
@@ -76,9 +71,7 @@ def _launch(x: Tensor, width: int, gated: bool, scale: Tensor, zero_point: Tenso
             Q_MIN=q_min,
             Q_MAX=q_max,
             BLOCK=_BLOCK,
-            PDL=pdl,
             num_warps=4,
-            launch_pdl=pdl,
         )
     return codes
 

@@ -11,9 +11,13 @@ over the row at the end, and the epilogue shifts the factor 16 out.
 
 **One kernel.** A static grid needs no statistics of the token, so every program quantizes all of it for itself, once,
 while its first weights are on their way: K · 20 instructions, a few tenths of a microsecond, where a kernel of its own
-costs one or two. A program keeps the codes and walks over blocks of rows with a stride of the grid; the loop is
-software-pipelined (`num_stages` blocks in flight), and 3 TB/s at a latency of 1 µs need 23 KB in flight on each of an
-H100's 132 multiprocessors. The kernel starts before its input is there (:mod:`.dependent_launch`).
+costs one or two. 3 TB/s at a latency of 1 µs need 23 KB in flight on each of an H100's 132 multiprocessors. There are
+two ways to have them, and a tile says which:
+
+- *All at once*: a program has one block of rows and asks for all of it, and for the rows' scales, before it touches the
+  token. One latency instead of several; but as many programs quantize as there are blocks.
+- *Persistent*: a program walks over blocks with a stride of the grid, software-pipelined (`num_stages` blocks in
+  flight), and quantizes once for all of them.
 
 Shapes: x of a float dtype [K] or codes int8 [K]; packed int32 [N, W], the uint8 [N, P = 4 W] of :mod:`.int4_linear`
 seen as words; W ≤ 4096, P a multiple of 16 bytes. One weight scale a channel.
@@ -25,15 +29,8 @@ import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.act_quant import to_codes
-from lit_actreg_kernels.dependent_launch import (
-    INTERPRETED,
-    SECTOR_BYTES,
-    launch_dependents,
-    prefetch_rows,
-    supports_dependent_launch,
-    wait_for_inputs,
-)
 from lit_actreg_kernels.grid import code_range
+from lit_actreg_kernels.int4_tile import INTERPRETED
 from torch import Tensor
 
 MAX_WORDS = 4096  # a program holds the codes of a whole row in registers
@@ -41,12 +38,12 @@ MAX_WORDS = 4096  # a program holds the codes of a whole row in registers
 
 @dataclass(frozen=True)
 class GemvTile:
-    """block_n rows a step; num_stages of them in flight; so many programs a multiprocessor share the rows."""
+    """block_n rows a step. Persistent: num_stages steps in flight, programs_per_sm on a multiprocessor; 0: at once."""
 
     block_n: int
     num_warps: int
-    num_stages: int
-    programs_per_sm: int
+    num_stages: int = 1
+    programs_per_sm: int = 0
 
 
 @triton.jit
@@ -79,14 +76,49 @@ def multiply_word(packed, low, high, ASM: tl.constexpr):
 @triton.jit
 def _code_words(x_ptr, first, K, scale, zero_point, QUANTIZE: tl.constexpr, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
     """Codes of columns first … first+3 as one int32 each; ``first`` [W]; zero from K on."""
-    words = first * 0
-    for i in tl.static_range(4):
-        x = tl.load(x_ptr + first + i, mask=first + i < K, other=0)
-        if QUANTIZE:
-            # A column past K gets the code of zero, and its weights are zero.
-            x = to_codes(x, scale, zero_point, Q_MIN, Q_MAX)
-        words |= (x.to(tl.int32) & 0xFF) << (8 * i)
-    return words
+    # Four neighbours a thread: one load, and every column is quantized by one thread only.
+    byte = tl.arange(0, 4)[None, :]
+    k = first[:, None] + byte
+    x = tl.load(x_ptr + k, mask=k < K, other=0)
+    if QUANTIZE:
+        # A column past K gets the code of zero, and its weights are zero.
+        x = to_codes(x, scale, zero_point, Q_MIN, Q_MAX)
+    return tl.sum((x.to(tl.int32) & 0xFF) << (8 * byte), 1)
+
+
+@triton.jit
+def _load_rows(
+    n,
+    packed_ptr,
+    weight_scale_ptr,
+    weight_sums_ptr,
+    bias_ptr,
+    residual_ptr,
+    N,
+    W,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """All that belongs to rows n: packed words [n, W], scales, sums, and bias plus residual, float32 [n]."""
+    n_inside, word = n < N, tl.arange(0, BLOCK_W)
+    inside = n_inside[:, None] & (word < W)[None, :]
+    packed = tl.load(packed_ptr + n.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0)
+    weight_scale = tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)
+    sums = tl.load(weight_sums_ptr + n, mask=n_inside, other=0).to(tl.float32)
+    added = weight_scale * 0.0
+    if HAS_BIAS:
+        added += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        added += tl.load(residual_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
+    return packed, weight_scale, sums, added
+
+
+@triton.jit
+def _store_rows(n, y_ptr, packed, weight_scale, sums, added, low, high, act_scale, zero_point, N, ASM: tl.constexpr):
+    acc = tl.sum(multiply_word(packed, low[None, :], high[None, :], ASM), 1) >> 4
+    y = weight_scale * (acc.to(tl.float32) - zero_point * sums) * act_scale + added
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -109,37 +141,49 @@ def _gemv_kernel(
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     STAGES: tl.constexpr,
-    SECTORS: tl.constexpr,
 ):
-    launch_dependents(PDL)
-    num_blocks = tl.cdiv(N, BLOCK_N)
-    if PDL:
-        for ahead in tl.static_range(STAGES):
-            n = (tl.program_id(0) + ahead * tl.num_programs(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
-            prefetch_rows(packed_ptr + n.to(tl.int64) * W, 4 * W, n < N, SECTORS)
-    wait_for_inputs(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if not PERSISTENT:
+        packed, weight_scale, sums, added = _load_rows(
+            n,
+            packed_ptr,
+            weight_scale_ptr,
+            weight_sums_ptr,
+            bias_ptr,
+            residual_ptr,
+            N,
+            W,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+            BLOCK_W,
+        )
     act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
     word = tl.arange(0, BLOCK_W)
     low = _code_words(x_ptr, 4 * word, K, act_scale, zero_point, QUANTIZE, Q_MIN, Q_MAX)
     high = _code_words(x_ptr, 4 * (word + W), K, act_scale, zero_point, QUANTIZE, Q_MIN, Q_MAX)
-    for block in tl.range(tl.program_id(0), num_blocks, tl.num_programs(0), num_stages=STAGES):
-        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        n_inside = n < N
-        inside = n_inside[:, None] & (word < W)[None, :]
-        packed = tl.load(packed_ptr + n.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0)
-        acc = tl.sum(multiply_word(packed, low[None, :], high[None, :], ASM), 1) >> 4
-        sums = tl.load(weight_sums_ptr + n, mask=n_inside, other=0).to(tl.float32)
-        weight_scale = tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)
-        y = weight_scale * (acc.to(tl.float32) - zero_point * sums) * act_scale
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            y += tl.load(residual_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
-        tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n_inside)
+    if not PERSISTENT:
+        _store_rows(n, y_ptr, packed, weight_scale, sums, added, low, high, act_scale, zero_point, N, ASM)
+    else:
+        for block in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
+            n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            packed, weight_scale, sums, added = _load_rows(
+                n,
+                packed_ptr,
+                weight_scale_ptr,
+                weight_sums_ptr,
+                bias_ptr,
+                residual_ptr,
+                N,
+                W,
+                HAS_BIAS,
+                HAS_RESIDUAL,
+                BLOCK_W,
+            )
+            _store_rows(n, y_ptr, packed, weight_scale, sums, added, low, high, act_scale, zero_point, N, ASM)
 
 
 def serves(num_tokens: int, packed: Tensor, num_groups: int) -> bool:
@@ -176,9 +220,8 @@ def int4_gemv(
     num_columns, num_words = x.shape[1], num_bytes // 4
     tile = tile or choose_gemv_tile(num_outputs, num_bytes)
     q_min, q_max = code_range(act_bits)
-    pdl = supports_dependent_launch(x.device)
     programs = triton.cdiv(num_outputs, tile.block_n)
-    if not INTERPRETED:
+    if tile.programs_per_sm and not INTERPRETED:
         properties = torch.cuda.get_device_properties(x.device)
         programs = min(programs, tile.programs_per_sm * properties.multi_processor_count)
     _gemv_kernel[(programs,)](
@@ -200,11 +243,9 @@ def int4_gemv(
         Q_MIN=q_min,
         Q_MAX=q_max,
         ASM=not INTERPRETED,
-        PDL=pdl,
+        PERSISTENT=tile.programs_per_sm > 0,
         BLOCK_N=tile.block_n,
         BLOCK_W=triton.next_power_of_2(num_words),
         STAGES=tile.num_stages,
-        SECTORS=triton.next_power_of_2(triton.cdiv(num_bytes, SECTOR_BYTES)),
         num_warps=tile.num_warps,
-        launch_pdl=pdl,
     )

@@ -10,11 +10,10 @@ Hopper's wgmma may come from there. INT4 tensor cores do not exist on sm_90 and 
 four bits buy bandwidth and memory.
 
 **Regimes.** One token: :mod:`.int4_gemv`, without tensor cores. Up to 64: the weights are read once and that is the
-time it takes; tiles are narrow in N to have enough of them, and K is split when there are still too few. Split programs
-write int32 partial sums and a second kernel adds them: integers, so the result does not depend on the order. Each of
-these kernels starts while the one before it runs, and fetches its weights meanwhile (:mod:`.dependent_launch`). Many
-tokens: 128 × 128 tiles, two programs a multiprocessor so that one unpacks while the other multiplies, ordered so that
-neighbours share weights in L2; or :mod:`.int4_hopper`.
+time it takes; K is split when N gives too few tiles. Split programs write int32 partial sums and a second kernel adds
+them: integers, so the result does not depend on the order. Many tokens: :mod:`.int4_hopper` where it serves and its
+large tiles fill the GPU; else 128 × 128 tiles, two programs a multiprocessor so that one unpacks while the other
+multiplies, ordered so that neighbours share weights in L2.
 
 **Groups.** With G scales a row the int32 sum ends at every group's border and is scaled into a float32 one. That
 kernel picks the nibble by column, because a group may straddle the two halves.
@@ -23,22 +22,16 @@ Contiguous tensors: codes int8 [M, K]; packed uint8 [N, P] with 2P ≥ K and zer
 K on; the rest as in :mod:`.reference`. Any M, N, K < 131,072. sm_80 or later.
 """
 
+import functools
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.dependent_launch import (
-    INTERPRETED,
-    SECTOR_BYTES,
-    launch_dependents,
-    prefetch_rows,
-    supports_dependent_launch,
-    wait_for_inputs,
-)
 from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
 from lit_actreg_kernels.int4_gemv import serves as gemv_serves
-from lit_actreg_kernels.int4_tile import correct, finish, times_16, times_16_high, times_16_low
+from lit_actreg_kernels.int4_tile import INTERPRETED, correct, finish, times_16, times_16_high, times_16_low
 from torch import Tensor
 
 
@@ -79,14 +72,11 @@ def _linear_kernel(
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     ASM: tl.constexpr,
-    PDL: tl.constexpr,
-    SECTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    launch_dependents(PDL)
     # GROUP_M tiles of tokens go through all outputs together: their activations stay in L2, weights pass through.
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first_m = tl.program_id(0) // (GROUP_M * num_n) * GROUP_M
@@ -102,10 +92,6 @@ def _linear_kernel(
     low_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + j[:, None]
     packed_ptrs = packed_ptr + n.to(tl.int64)[:, None] * P + j[None, :]
     m_inside, n_inside = (m < M)[None, :], (n < N)[:, None]
-    if SECTORS > 0:
-        part = min(steps * BLOCK_K, P - start)
-        prefetch_rows(packed_ptr + n.to(tl.int64) * P + start, part, n < N, SECTORS)
-    wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for base in range(start, min(start + steps * BLOCK_K, P), BLOCK_K):
         # A byte past P reads as two zero codes, so what the low half of x holds there does not matter.
@@ -143,11 +129,8 @@ def _reduce_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    launch_dependents(PDL)
-    wait_for_inputs(PDL)
     m = tl.program_id(1) + tl.arange(0, 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N, 1), tl.int32)
@@ -180,13 +163,10 @@ def _grouped_kernel(
     GROUP: tl.constexpr,
     ALIGNED: tl.constexpr,
     ASM: tl.constexpr,
-    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    launch_dependents(PDL)
-    wait_for_inputs(PDL)
     num_n = tl.cdiv(N, BLOCK_N)
     m = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -220,15 +200,34 @@ def _grouped_kernel(
     finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
 
 
-def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int) -> Tile:
-    """The tile for M tokens, N outputs and P packed bytes a row: a table by regime, no search at run time."""
+def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool) -> Tile:
+    """The tile for M tokens, N outputs and P packed bytes a row: a table by regime, no search at run time.
+
+    Args:
+        hopper: Whether :mod:`.int4_hopper` serves the tensors. The other tiles fit the 99 KB of shared memory of the
+            smallest GPUs.
+    """
     if num_tokens <= 16:
-        block_n = 16 if num_outputs <= 4096 else 32
-        return Tile(16, block_n, 256, num_warps=2, num_stages=4, split_k=split_for(num_outputs, block_n, num_bytes))
+        return Tile(16, 64, 256, num_warps=4, num_stages=4, split_k=split_for(num_outputs, 64, num_bytes))
     if num_tokens <= 64:
         block_m = 32 if num_tokens <= 32 else 64
-        return Tile(block_m, 64, 128, num_warps=4, num_stages=4, split_k=split_for(num_outputs, 64, num_bytes))
-    return Tile(128, 128, 64, num_warps=4, num_stages=4)
+        block_k, num_stages = (256, 3) if hopper else (128, 4)
+        return Tile(block_m, 64, block_k, 4, num_stages, split_for(num_outputs, 64, num_bytes))
+    # A multiprocessor has room for one program of 256 x 128 or for two of 128 x 128, about as fast. With no more than
+    # half of them busy smaller tiles spread the work over the others.
+    half = 66
+    rows = triton.cdiv(num_tokens, 128)
+    if hopper and rows * triton.cdiv(num_outputs, 256) > half:
+        return Tile(128, 256, 64, num_warps=8, num_stages=4, hopper=True)
+    if rows * triton.cdiv(num_outputs, 128) > half:
+        return Tile(128, 128, 64, num_warps=4, num_stages=4)
+    return Tile(64, 64, 128, num_warps=4, num_stages=4)
+
+
+def split_for(num_outputs: int, block_n: int, num_bytes: int) -> int:
+    """Parts of K so that about 64 programs read weights; no part below 1 KiB of a row."""
+    programs = triton.cdiv(num_outputs, block_n)
+    return max(1, min(8, 64 // programs, num_bytes // 1024))
 
 
 def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
@@ -236,18 +235,16 @@ def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
     return gemv_serves(x.shape[0], packed, num_groups)
 
 
-def prefetched_sectors(tile: Tile, num_bytes: int) -> int:
-    """Sectors of each weight row to fetch ahead, about 64 KiB a program; none for many tokens."""
-    if tile.block_m > 64:
-        return 0
-    sectors = triton.next_power_of_2(triton.cdiv(num_bytes, tile.split_k * SECTOR_BYTES))
-    return min(sectors, max(1, (64 << 10) // (SECTOR_BYTES * tile.block_n)))
-
-
-def split_for(num_outputs: int, block_n: int, num_bytes: int) -> int:
-    """Parts of K so that about 128 programs, one a multiprocessor, read weights; no part below 1 KiB of a row."""
-    programs = triton.cdiv(num_outputs, block_n)
-    return max(1, min(8, 128 // programs, num_bytes // 1024))
+@functools.cache
+def hopper_kernel(device: torch.device) -> ModuleType | None:
+    """:mod:`.int4_hopper` where the device can run it and this Triton has what it is written in (Gluon)."""
+    if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        from lit_actreg_kernels import int4_hopper
+    except ImportError:  # Gluon is experimental: another release may have moved it
+        return None
+    return int4_hopper
 
 
 def int4_linear(
@@ -279,15 +276,14 @@ def int4_linear(
         int4_gemv(x, packed, *epilogue, y, act_bits, tile)
         return y
     assert not x.is_floating_point(), "quantize first: only the product of one token does it itself"
-    tile = tile or choose_tile(num_tokens, num_outputs, num_bytes)
+    hopper = hopper_kernel(x.device)
+    serves = hopper is not None and num_groups == 1 and hopper.serves(x, packed)
+    tile = tile or choose_tile(num_tokens, num_outputs, num_bytes, serves)
     num_tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
-    pdl = supports_dependent_launch(x.device)
     options = {
         "PER_TOKEN": act_scale.numel() > 1,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
-        "PDL": pdl,
-        "launch_pdl": pdl,
     }
     if num_groups > 1:
         group_size = num_columns // num_groups
@@ -314,13 +310,10 @@ def int4_linear(
         )
         return y
     if tile.hopper:
-        # Gluon is experimental: only who asks for its kernel imports it.
-        from lit_actreg_kernels import int4_hopper
-
-        if not int4_hopper.serves(x, packed):
-            raise ValueError("the hopper tile takes int8 codes with K and P multiples of 16: choose another tile")
+        if hopper is None or not serves:
+            raise ValueError("the hopper tile takes sm_90, and int8 codes with K and P multiples of 16")
         block = (tile.block_m, tile.block_n, tile.block_k)
-        int4_hopper.int4_prefill(x, packed, *epilogue, y, block, tile.num_warps, tile.num_stages)
+        hopper.int4_prefill(x, packed, *epilogue, y, block, tile.num_warps, tile.num_stages)
         return y
     split_k = tile.split_k
     partial = x.new_empty((split_k, num_tokens, num_outputs), dtype=torch.int32) if split_k > 1 else y
@@ -337,7 +330,6 @@ def int4_linear(
         EVEN_K=num_columns == 2 * num_bytes and num_bytes % tile.block_k == 0,
         SPLIT_K=split_k,
         ASM=not INTERPRETED,
-        SECTORS=prefetched_sectors(tile, num_bytes) if pdl else 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

@@ -10,8 +10,12 @@ bytes (254 instructions); the interpreter, which has no inline assembly, takes t
 A tile is y^T, outputs × tokens (:mod:`.int4_linear` says why).
 """
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @triton.jit

@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.act_quant import num_warps_for, to_codes
-from lit_actreg_kernels.dependent_launch import launch_dependents, supports_dependent_launch, wait_for_inputs
 from lit_actreg_kernels.grid import code_range
 from torch import Tensor
 
@@ -45,10 +44,7 @@ def _norm_kernel(
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    launch_dependents(PDL)
-    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     inside = k < K
@@ -71,7 +67,6 @@ def norm_quantize(
         q_min, q_max = code_range(bits)
         num_columns = x.shape[-1]
         block = triton.next_power_of_2(num_columns)
-        pdl = supports_dependent_launch(x.device)
         _norm_kernel[(x.numel() // num_columns,)](
             x,
             weight,
@@ -86,8 +81,6 @@ def norm_quantize(
             Q_MIN=q_min,
             Q_MAX=q_max,
             BLOCK_K=block,
-            PDL=pdl,
             num_warps=num_warps_for(block),
-            launch_pdl=pdl,
         )
     return codes

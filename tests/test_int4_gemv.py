@@ -1,5 +1,10 @@
 """The product of one token against plain PyTorch: in the interpreter without a GPU, compiled with one."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from lit_actreg_kernels import grid, int4_gemv, int4_linear, reference
@@ -7,7 +12,27 @@ from lit_actreg_kernels.int4_gemv import GemvTile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TILES = [GemvTile(8, 4, 3, 1), GemvTile(4, 8, 1, 8)]
+TILES = [GemvTile(8, 4, 3, 1), GemvTile(4, 8)]  # persistent, all at once
+
+COMPILE = """
+import json, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lit_actreg_kernels.int4_gemv import _gemv_kernel
+
+def ptx(**constants):
+    constants |= dict(HAS_BIAS=False, HAS_RESIDUAL=True, QUANTIZE=True, Q_MIN=-8, Q_MAX=7, ASM=True, BLOCK_W=512)
+    types = dict(x_ptr="*bf16", packed_ptr="*i32", y_ptr="*bf16", weight_sums_ptr="*i32", residual_ptr="*bf16")
+    types |= dict.fromkeys("NKW", "i32")
+    names = _gemv_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
+    divisible = [i for i, name in enumerate(names) if name not in constants]
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(_gemv_kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in divisible})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+
+print(json.dumps([ptx(PERSISTENT=False, BLOCK_N=16, STAGES=1), ptx(PERSISTENT=True, BLOCK_N=8, STAGES=4)]))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +126,17 @@ def test_serves_one_token_in_aligned_rows():
 def test_a_step_is_about_16_kib(num_bytes):
     tile = int4_gemv.choose_gemv_tile(4096, num_bytes)
     assert tile.block_n == 16 or 8192 <= tile.block_n * num_bytes <= 32768
+
+
+def test_weights_are_on_their_way_before_the_token_is_quantized(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    at_once, persistent = json.loads(result.stdout)
+    assert "mma" not in at_once + persistent
+    loads, _, rest = at_once.partition("div.rn.f32")
+    assert loads.count("ld.global.v4.b32") == 8  # 16 rows of 2 KiB, 16 bytes a thread of 256
+    assert "ld.global.v4" not in rest
+    assert "dp4a" in rest
+    assert "cp.async.cg.shared.global" in persistent

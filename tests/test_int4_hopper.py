@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from lit_actreg_kernels import grid, int4_linear, reference
+from lit_actreg_kernels import grid, int4_hopper, int4_linear, reference
 from lit_actreg_kernels.int4_linear import Tile
 
 on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -60,9 +60,7 @@ def problem(m, n, k):
 
 @needs_hopper
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 8, 16), (70, 33, 272), (300, 520, 1040), (257, 1000, 4096), (2600, 2100, 528)]
-)
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_integer_accumulators_are_equal(tile, m, n, k):
     codes, packed, sums, weight_codes = problem(m, n, k)
     unit = torch.ones(1), torch.zeros(1), torch.ones(n, 1), sums
@@ -88,3 +86,24 @@ def test_epilogue(tile, dtype, per_token):
     # Float32 roundings in another order on terms of up to the largest output's size, then one rounding to dtype.
     eps32, eps = 32 * torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
     torch.testing.assert_close(y.float(), expected, rtol=max(eps, eps32), atol=eps32 * expected.abs().max().item())
+
+
+def test_serves_rows_that_tma_can_read():
+    codes, packed = torch.zeros(70, 64, dtype=torch.int8), torch.zeros(8, 32, dtype=torch.uint8)
+    assert int4_hopper.serves(codes, packed)
+    assert not int4_hopper.serves(codes[:, :40].contiguous(), packed)
+    assert not int4_hopper.serves(codes, packed[:, :24].contiguous())
+    assert not int4_hopper.serves(
+        codes.flatten()[1:1025].view(16, 64), packed
+    )  # an address that is not a multiple of 16
+    assert not int4_hopper.serves(codes.float(), packed)
+
+
+@needs_hopper
+@pytest.mark.parametrize("k", [512, 520, 1032])
+def test_what_it_does_not_serve_is_computed_by_other_tiles(k):
+    m, n = 1100, 2100
+    codes, packed, sums, weight_codes = problem(m, n, k)
+    arguments = [tensor.cuda() for tensor in (codes, packed, torch.ones(1), torch.zeros(1), torch.ones(n, 1), sums)]
+    y = int4_linear.int4_linear(*arguments, None, None, torch.float32).cpu()
+    assert torch.equal(y, (codes.double() @ weight_codes.double().T).float())

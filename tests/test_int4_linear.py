@@ -140,14 +140,60 @@ def test_only_one_token_is_quantized_inside():
         run(tensors | {"x": torch.randn(2, 32)}, torch.float32)
 
 
-def test_prefetch_stays_below_64_kib_a_program():
-    assert int4_linear.prefetched_sectors(Tile(16, 32, 256, 2, 4), 2048) == 64
-    assert int4_linear.prefetched_sectors(Tile(16, 64, 256, 2, 4), 4096) == 32
-    assert int4_linear.prefetched_sectors(Tile(16, 64, 256, 2, 4, split_k=4), 2048) == 16
-    assert int4_linear.prefetched_sectors(Tile(128, 128, 64, 4, 4), 2048) == 0
+BIG = Tile(128, 256, 64, 8, 4, hopper=True)
+MIDDLE = Tile(128, 128, 64, 4, 4)
+SMALL = Tile(64, 64, 128, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "p", "hopper", "tile"),
+    [
+        (8192, 8192, 4096, True, BIG),
+        (4096, 4096, 2048, True, BIG),
+        (16384, 8192, 1024, True, BIG),
+        (8192, 8192, 4096, False, MIDDLE),
+        (640, 4096, 2048, True, BIG),  # 80 tiles of 128 x 256
+        (512, 4096, 2048, True, MIDDLE),  # 64 of them, but 128 of 128 x 128
+        (256, 4096, 2048, True, SMALL),  # 64 of those
+        (100, 33, 16, False, SMALL),
+        (64, 8192, 4096, True, Tile(64, 64, 256, 4, 3)),
+        (64, 8192, 4096, False, Tile(64, 64, 128, 4, 4)),
+        (32, 1024, 4096, False, Tile(32, 64, 128, 4, 4, split_k=4)),
+        (16, 4096, 2048, True, Tile(16, 64, 256, 4, 4)),
+        (16, 11008, 2048, True, Tile(16, 64, 256, 4, 4)),
+        (2, 1024, 4096, True, Tile(16, 64, 256, 4, 4, split_k=4)),
+    ],
+)
+def test_choice_by_regime(m, n, p, hopper, tile):
+    assert int4_linear.choose_tile(m, n, p, hopper) == tile
+
+
+def test_tiles_without_hopper_fit_small_gpus():
+    for m in (2, 16, 17, 32, 33, 64, 65, 1000, 10000):
+        for n in (1, 1000, 10000):
+            tile = int4_linear.choose_tile(m, n, 4096, hopper=False)
+            step = tile.block_k * (tile.block_n + 2 * tile.block_m)  # weights, and codes of both halves
+            assert step * tile.num_stages <= 99 << 10
+
+
+def test_hopper_is_for_one_kind_of_gpu(monkeypatch):
+    monkeypatch.setattr(int4_linear, "INTERPRETED", False)
+    int4_linear.hopper_kernel.cache_clear()
+    assert int4_linear.hopper_kernel(torch.device("cpu")) is None
+    for capability in [(8, 0), (8, 9), (10, 0)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        int4_linear.hopper_kernel.cache_clear()
+        assert int4_linear.hopper_kernel(torch.device("cuda")) is None
+    int4_linear.hopper_kernel.cache_clear()
+
+
+def test_hopper_tile_is_refused_where_it_cannot_run():
+    tensors, _ = problem(70, 33, 78)
+    with pytest.raises(ValueError, match="sm_90"):
+        run(tensors, torch.float32, BIG)
 
 
 def test_split_keeps_every_part_worth_its_while():
-    assert int4_linear.split_for(8192, 32, 4096) == 1
-    assert int4_linear.split_for(1024, 32, 4096) == 4
-    assert int4_linear.split_for(64, 32, 64) == 1
+    assert int4_linear.split_for(8192, 64, 4096) == 1
+    assert int4_linear.split_for(1024, 64, 4096) == 4
+    assert int4_linear.split_for(64, 64, 64) == 1
