@@ -14,11 +14,14 @@ A folder is written beside its place and renamed into it, so it is there whole o
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,6 +82,19 @@ def is_artifact(path: Path) -> bool:
         return "lit_actreg" in json.loads((path / "config.json").read_text())
     except (OSError, ValueError):
         return False
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the file system refuses within it becomes one line that names the reason and the mend."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(
+            f"cannot write {path} ({reason}): mend that and repeat the command, which continues where it stopped; or "
+            "name another output folder"
+        ) from None
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -149,17 +165,18 @@ def write_artifact(
     partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer is not None:
-        theirs |= _copy_tokenizer(tokenizer, partial, config.context)
-    (partial / "report.json").write_text(json.dumps(artifact.report, indent=2) + "\n")
-    (partial / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
-    # save_file's own mode lets nobody but the owner read it.
-    shutil.copymode(partial / "config.json", partial / "model.safetensors")
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
+    with writing(path):
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            theirs |= _copy_tokenizer(tokenizer, partial, config.context)
+        (partial / "report.json").write_text(json.dumps(artifact.report, indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+        # save_file's own mode lets nobody but the owner read it.
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -177,7 +194,7 @@ def read_artifact(path: Path, device: torch.device | str = "cpu") -> Decoder:
     if version != ARTIFACT_VERSION:
         raise ValueError(f"{path}: its version is {version}, this program reads {ARTIFACT_VERSION}: quantize again")
     config, vocab_size = model_config(theirs, path)
-    quant, weights = read_quantization_config(theirs["quantization_config"], config.style)
+    quant, weights = read_quantization_config(theirs["quantization_config"], config.style, path)
     format = theirs["quantization_config"]["format"]
     with torch.device("meta"):
         model = Decoder(config, quant, vocab_size)
@@ -194,6 +211,8 @@ def read_artifact(path: Path, device: torch.device | str = "cpu") -> Decoder:
                 state |= {f"blocks.{index}.{site}.{name}": tensor for name, tensor in buffers.items()}
     except KeyError as error:
         raise ValueError(f"{path}: tensor {error} is missing: it does not fit its config.json") from None
+    except (RuntimeError, TypeError, IndexError):  # parts that cannot be unpacked or joined
+        raise ValueError(f"{path}: the tensors of blocks.{index}.{site} do not fit its config.json") from None
     if config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]
     check_tensors(path, state | found, model.state_dict())  # what is still in found is unexpected

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import load as load_shards
 from lit_actreg.artifact import is_artifact
 from lit_actreg.compressed_tensors import read_quantization_config
 from lit_actreg.config import ModelConfig, QuantConfig
-from lit_actreg.huggingface import model_config, read_config
+from lit_actreg.huggingface import check_tensors, model_config, read_config
 from lit_actreg.model import Decoder
 
 TOKENIZER_KEY = "tokenizer_json"
@@ -120,12 +120,29 @@ def first_whole(paths: list[Path]) -> Path:
     raise ValueError(f"no whole checkpoint: {', '.join(torn)}: name another with --ckpt_path, or start anew without")
 
 
+def _check_weights(path: Path, checkpoint: dict[str, Any]) -> None:
+    saved = checkpoint["hyper_parameters"]
+    try:
+        with torch.device("meta"):
+            model = Decoder(ModelConfig(**saved["shape"]), QuantConfig(**saved["quant"]), saved["vocab_size"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its hyper-parameters make no model ({error}): name another checkpoint") from None
+    found = {name: t for name, t in checkpoint["state_dict"].items() if name.startswith("model.")}
+    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    check_tensors(path, found, expected, "hyper-parameters")
+
+
 def load_lightning_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a .ckpt, on the CPU; a file is memory-mapped and loaded without running any code from it."""
+    """The dict in a .ckpt, on the CPU; a file is memory-mapped and loaded without running any code from it.
+
+    Raises:
+        ValueError: It is no such file, or its tensors do not fit its hyper-parameters.
+    """
     try:
         sharded = is_sharded(path)
         checkpoint = read_shards(path) if sharded else torch.load(path, "cpu", weights_only=True, mmap=True)
         if "state_dict" in checkpoint and {"shape", "quant", "vocab_size"} <= set(checkpoint["hyper_parameters"]):
+            _check_weights(path, checkpoint)
             return checkpoint
     except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, KeyError, EOFError):
         pass
@@ -157,7 +174,7 @@ def read_checkpoint_info(path: Path, cache_dir: Path) -> CheckpointInfo:
         shape, vocab_size = model_config(config, path)
         quant = None
         if is_artifact(path):
-            quant, _ = read_quantization_config(config["quantization_config"], shape.style)
+            quant, _ = read_quantization_config(config["quantization_config"], shape.style, path)
         tokenizer = path / "tokenizer.json"
         return CheckpointInfo(shape, quant, vocab_size, tokenizer if tokenizer.exists() else None, path)
     checkpoint = load_lightning_checkpoint(path)

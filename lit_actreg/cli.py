@@ -37,9 +37,7 @@ MISTAKES = (
     ArgumentError,
     MisconfigurationException,
     ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
+    OSError,
 )
 
 
@@ -131,6 +129,8 @@ class ActRegCLI(LightningCLI):
                     "weights with model.init_from"
                 )
             return  # a resumed fit is described by its own configuration
+        if several and info.folder is not None and not is_sharded(info.folder):
+            raise ValueError(f"{path} is a folder of weights: `table` compares .ckpt files of fits, name those")
         options.model.shape = Namespace(as_plain(info.shape))
         options.model.vocab_size = options.data.vocab_size = info.vocab_size
         options.data.tokenizer = options.data.tokenizer or (info.tokenizer and str(info.tokenizer))
@@ -140,7 +140,7 @@ class ActRegCLI(LightningCLI):
             activations = "token" if subcommand == "quantize" else "none"
             options.model.quant = Namespace(as_plain(QuantConfig(activations=activations)))  # type: ignore[arg-type]
             rank_zero_info(f'{path} has no clips: --model.quant.activations is "{activations}"')
-        if info.folder is not None:
+        if info.folder is not None and not several:
             options.model.init_from, options.ckpt_path = path, None
         rank_zero_info(f"Shape, vocabulary and tokenizer come from {path}")
 

@@ -16,6 +16,7 @@ compressed-tensors' ``TOKEN`` strategy is our per-token grid, but for one corner
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -111,13 +112,15 @@ def quantization_config(
     }
 
 
-def read_quantization_config(theirs: Mapping[str, Any], style: str) -> tuple[QuantConfig, dict[str, Any]]:
+def read_quantization_config(theirs: Mapping[str, Any], style: str, source: Path) -> tuple[QuantConfig, dict[str, Any]]:
     """How inputs are quantized, and the weights' scheme, of a "quantization_config" that we wrote."""
     if theirs.get("quant_method") != "compressed-tensors":
         raise ValueError(
-            f'quant_method "{theirs.get("quant_method")}" is an export that lit-actreg does not read back: name the '
-            "artifact in compressed-tensors' form, or the checkpoint"
+            f'{source}: quant_method "{theirs.get("quant_method")}" is an export that lit-actreg does not read back: '
+            "name the artifact in compressed-tensors' form, or the checkpoint"
         )
+    if not theirs.get("config_groups"):
+        raise ValueError(f"{source}: its quantization_config has no config_groups: write the artifact again")
     quant, weights = QuantConfig(activations="none", sites=[]), {}
     for group in theirs["config_groups"].values():
         weights, inputs = group["weights"], group["input_activations"]
@@ -182,13 +185,16 @@ def linear_from_file(
 ) -> dict[str, Tensor]:
     """Inverse of :func:`linear_to_file`: takes the tensors of ``linear``'s buffers out of ``found``.
 
-    ``linear`` says which buffers there are; it may live on the meta device. A missing tensor is a ``KeyError``.
+    ``linear`` says which buffers there are; it may live on the meta device. A missing tensor is a ``KeyError``, one
+    that cannot be unpacked or joined a ``RuntimeError`` or ``TypeError``.
     """
     prefix = f"{BLOCK_PREFIX[config.style]}.{index}"
     leaves = LINEARS[config.style][site]
     if format == "pack-quantized":
         for leaf in leaves:
             packed, shape = (found.pop(f"{prefix}.{leaf}.weight_{part}") for part in ("packed", "shape"))
+            if packed.dtype != torch.int32:
+                raise TypeError(f"{prefix}.{leaf}.weight_packed is {packed.dtype}")
             found[f"{prefix}.{leaf}.weight"] = unpack_int32(packed, linear.weight_bits, int(shape[1]))
     buffers = {}
     for name, _ in linear.named_buffers():

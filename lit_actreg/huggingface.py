@@ -40,6 +40,14 @@ LINEARS: dict[str, dict[Site, tuple[str, ...]]] = {
     },
 }
 NORMS = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
+SHAPE_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 OUTSIDE_BLOCKS = {
     "neox": {"embedding": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "head": "embed_out"},
     "llama": {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
@@ -152,6 +160,9 @@ def model_config(theirs: Mapping[str, Any], source: Path) -> tuple[ModelConfig, 
     if style is None:
         found = theirs.get("model_type")
         raise ValueError(f'{source}: model_type "{found}" is not "gpt_neox" or "llama": choose a model of these two')
+    for key in SHAPE_KEYS:
+        if not isinstance(theirs.get(key), int):
+            raise ValueError(f"{source}: config.json has no number {key}, but {theirs.get(key)!r}: download it again")
     rope = theirs.get("rope_parameters") or {}
     scaling = theirs.get("rope_scaling") or rope
     wanted: dict[str, tuple[Any, Any]] = {"rope type": (scaling.get("rope_type", "default"), "default")}
@@ -194,11 +205,14 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder: name a local Hugging Face checkpoint")
     try:
-        return json.loads((path / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: it has no config.json: name a local Hugging Face checkpoint") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}/config.json is not JSON ({error}): download it again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}/config.json is not an object with keys: download it again")
+    return config
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -215,17 +229,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuses missing, unexpected and misshapen tensors with one line; ``expected`` may live on the meta device."""
+def check_tensors(
+    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], described_by: str = "config.json"
+) -> None:
+    """Refuses missing, unexpected and misshapen tensors, and codes that are no integers, with one line.
+
+    ``expected`` may live on the meta device; ``described_by`` names what it was made from.
+    """
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     for problem, names in (("lacks", missing), ("has unexpected", unexpected)):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-            raise ValueError(f"{path}: it {problem} {len(names)} tensors ({shown}): it does not fit its config.json")
+            raise ValueError(f"{path}: it {problem} {len(names)} tensors ({shown}): it does not fit its {described_by}")
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             shapes = f"{list(found[name].shape)}, not {list(tensor.shape)}"
-            raise ValueError(f"{path}: {name} is {shapes}: it does not fit its config.json")
+            raise ValueError(f"{path}: {name} is {shapes}: it does not fit its {described_by}")
+        if found[name].dtype != tensor.dtype and not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {found[name].dtype}, not {tensor.dtype}: write it again")
 
 
 def load_huggingface(path: Path) -> tuple[ModelConfig, int, dict[str, Tensor]]:

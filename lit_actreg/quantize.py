@@ -41,9 +41,12 @@ from lit_actreg.resume import WorkFolder, fingerprint
 
 def float_block(model: Decoder, index: int, quant: QuantConfig, device: torch.device) -> Block:
     """A float32 copy of one block on the device, free of hooks, compilation and whatever training set on the model."""
-    block = Block(model.config, quant)
-    block.load_state_dict(model.blocks[index].state_dict())
-    return block.float().to(device).requires_grad_(False).eval()
+    with torch.device("meta"):  # initial weights would be drawn for nothing, and take longer than the copy
+        block = Block(model.config, quant)
+    state = model.blocks[index].state_dict()
+    state = {name: tensor.detach().to(device, torch.float32, copy=True) for name, tensor in state.items()}
+    block.load_state_dict(state, assign=True)
+    return block.requires_grad_(False).eval()
 
 
 def _quantize_layer(

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_actreg.artifact import writing
 from lit_actreg.config import SITES, QuantConfig, Site
 from lit_actreg.contracts import QuantizedWeight
 from lit_actreg.model import Decoder
@@ -46,8 +47,9 @@ class WorkFolder:
                 f"{path} holds the unfinished work of another model or other options: repeat that command, delete the "
                 "folder, or set overwrite"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "job.json").write_text(json.dumps({"fingerprint": job}) + "\n")
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "job.json").write_text(json.dumps({"fingerprint": job}) + "\n")
 
     def _job(self) -> str | None:
         try:
@@ -65,8 +67,10 @@ class WorkFolder:
             if weight.zero_point is not None:
                 tensors[f"{site}.zero_point"] = weight.zero_point
         partial = self._file(index).with_suffix(".partial")
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, {"layers": json.dumps(layers)})
-        os.replace(partial, self._file(index))
+        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        with writing(partial):
+            save_file(stored, partial, {"layers": json.dumps(layers)})
+            os.replace(partial, self._file(index))
 
     def load(self, index: int, bits: int) -> tuple[dict[Site, QuantizedWeight], list[dict[str, Any]]] | None:
         """The finished block, or None where it is not finished."""

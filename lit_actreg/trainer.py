@@ -12,6 +12,7 @@ from lit_actreg.checkpoint import is_sharded, load_lightning_checkpoint
 from lit_actreg.compressed_tensors import WeightFormat
 from lit_actreg.contracts import Quantizer
 from lit_actreg.data.datamodule import TextDataModule
+from lit_actreg.data.tokenizer import load_tokenizer
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.quant.clips import ClipMethod
 from lit_actreg.quantize import quantize_model
@@ -69,6 +70,8 @@ class ActRegTrainer(Trainer):
         assert isinstance(datamodule, TextDataModule)
         batches: Iterable[Tensor] = ()
         tokenizer = datamodule.given_tokenizer
+        if tokenizer is not None:
+            load_tokenizer(tokenizer, model.vocab_size)  # a bad one is noticed now, not when all is done
         if quantizer.needs_hessian or calibrate is not None:  # nothing else has a use for text
             datamodule.prepare_data()
             datamodule.setup("quantize")

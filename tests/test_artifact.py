@@ -13,6 +13,8 @@ from lit_actreg.compressed_tensors import choose_format, pack_int32, unpack_int3
 from lit_actreg.config import SITES, QuantConfig
 from lit_actreg.quantize import quantize_model
 
+QKV = "model.layers.0.self_attn.q_proj.weight_packed"
+
 
 def written(folder, style="llama", quantizer=None, quant=None, tie=True, **options):
     model = small_decoder(style, quant, tie)
@@ -134,6 +136,11 @@ def test_what_is_not_an_artifact_is_refused(tmp_path):
             lambda tensors: tensors.update({"model.norm.weight": torch.ones(35)}),
             r"norm.weight is \[35\], not \[36\]",
         ),
+        (
+            lambda tensors: tensors.update({QKV: tensors[QKV][:-1].contiguous()}),
+            r"blocks\.0\.qkv\.codes is \[71, 36\], not \[72, 36\]",
+        ),
+        (lambda tensors: tensors.update({QKV: tensors[QKV].float()}), "the tensors of blocks.0.qkv do not fit its"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_in_one_line(change, line, tmp_path):
@@ -144,3 +151,24 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(change, line, tmp_path)
     with pytest.raises(ValueError, match=line) as error:
         read_artifact(tmp_path / "out")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda config: config.pop("hidden_size"), "config.json has no number hidden_size, but None"),
+        (lambda config: config.update(num_hidden_layers="two"), "has no number num_hidden_layers, but 'two'"),
+        (lambda config: config["quantization_config"].pop("config_groups"), "has no config_groups"),
+        (lambda config: config["lit_actreg"].update(version=99), "its version is 99, this program reads"),
+    ],
+)
+def test_a_config_that_says_too_little_is_refused_in_one_line(change, line, tmp_path):
+    written(tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=line) as error:
+        read_artifact(tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "out") in str(error.value)

@@ -7,14 +7,20 @@ cache where a mistake shows only after data were read.
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from small_fit import CONTEXT, VOCAB_SIZE, write_corpus
 
+from lit_actreg.checkpoint import load_decoder
 from lit_actreg.cli import main
+from lit_actreg.huggingface import huggingface_config, to_huggingface
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+NORM = "model.norm.weight"
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "quantize", "table")
 QUIET = "--trainer.accelerator=cpu --trainer.devices=1 --trainer.logger=false --trainer.enable_progress_bar=false"
 
@@ -131,6 +137,60 @@ def test_a_wrong_path_is_one_line_and_writes_nothing(made, command, line, capsys
     assert line in found
     assert not list(Path().iterdir())
     assert {path: path.read_bytes() for path in made["folder"].rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda c: c["state_dict"].update({NORM: torch.ones(31)}),
+            rf"{NORM} is \[31\], not \[32\]: .* hyper-parameters",
+        ),
+        (lambda c: c["state_dict"].pop(NORM), rf"lacks 1 tensors \({NORM}\)"),
+        (lambda c: c["state_dict"].update({"model.more": torch.ones(1)}), r"unexpected 1 tensors \(model.more\)"),
+        (lambda c: c["hyper_parameters"]["shape"].update(colour="red"), "hyper-parameters make no model"),
+        (lambda c: c.update(evil=Path("pickled")), "is not a checkpoint of lit-actreg"),
+        (lambda c: c.update(tokenizer_json="nonsense"), "is not a tokenizer.json"),
+    ],
+)
+@pytest.mark.parametrize("command", ["quantize --quantizer RTN --output out", "validate"])
+def test_a_checkpoint_that_contradicts_itself(made, change, line, command, capsys):
+    checkpoint = torch.load(made["checkpoint"], weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, "x.ckpt")
+    found = mistake(capsys, f"{command} --ckpt_path x.ckpt --data.source {made['corpus']} {QUIET}")
+    assert re.search(line, found), found
+    assert written() == [Path("x.ckpt")]
+
+
+def test_an_output_that_cannot_be_written(made, capsys):
+    Path("file").write_text("")
+    found = mistake(capsys, f"quantize --quantizer RTN --ckpt_path {made['checkpoint']} --output file/out {QUIET}")
+    assert found.startswith("cannot write file/out.work (Not a directory): ")
+
+
+def test_rtn_reads_no_text(made):
+    data = f"--data.source=no_such_file.txt --data.cache_dir={made['folder']}/cache"
+    main(shlex.split(f"quantize --quantizer=RTN --ckpt_path={made['checkpoint']} --output=out {data} {QUIET}"))
+    assert Path("out/model.safetensors").read_bytes() == (made["artifact"] / "model.safetensors").read_bytes()
+    assert Path("out/tokenizer.json").is_file()
+
+
+def test_a_model_without_clips_is_not_given_any(made, capsys):
+    model = load_decoder(made["checkpoint"])
+    folder = Path("hub")
+    folder.mkdir()
+    state = {name: tensor.clone() for name, tensor in to_huggingface(model.config, model.state_dict()).items()}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(huggingface_config(model.config, model.vocab_size)))
+    shutil.copyfile(made["artifact"] / "tokenizer.json", folder / "tokenizer.json")
+    command = f"quantize --quantizer=RTN --ckpt_path=hub {QUIET} --data.source={made['corpus']}"
+    command += f" --data.context={CONTEXT} --data.batch_size=4 --data.valid_share=0.1"
+    found = mistake(capsys, f"{command} --output=static --model.quant.activations=static")
+    assert "hub has no learned clips" in found
+    for output, option, activations in (("token", "", "token"), ("static", "--calibrate=mse", "static")):
+        main(shlex.split(f"{command} --output={output} {option}"))
+        assert json.loads(Path(output, "report.json").read_text())["activations"] == activations
 
 
 def test_fit_quantize_validate_is_what_the_fixture_ran(made, capsys):
