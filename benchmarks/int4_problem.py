@@ -171,8 +171,7 @@ def int4_candidate(tile: Tile | GemvTile, mode: str) -> Candidate:
 
 def describe(tile: Tile | GemvTile) -> str:
     if isinstance(tile, GemvTile):
-        way = f"s{tile.num_stages} p{tile.programs_per_sm}" if tile.programs_per_sm else "at once"
-        return f"gemv n{tile.block_n} w{tile.num_warps} {way}"
+        return f"gemv n{tile.block_n} w{tile.num_warps}"
     split = f"/{tile.split_k}" if tile.split_k > 1 else ""
     kernel = "hopper " if tile.hopper else ""
     return f"{kernel}{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}{split}"

@@ -29,18 +29,7 @@ from lit_actreg_kernels.int4_linear import Tile
 
 TRITON_PREFILL = [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(64, 64, 128, 4, 4)]
 HOPPER_PREFILL = [Tile(128, 256, 64, 8, 4, hopper=True), Tile(128, 128, 64, 4, 4, hopper=True)]
-# (bytes of weights a step, warps), and for persistent ones (stages, programs a multiprocessor)
-GEMV = [
-    (8192, 4),
-    (16384, 4),
-    (16384, 8),
-    (32768, 8),
-    (65536, 8),
-    (65536, 16),
-    (16384, 8, 4, 1),
-    (16384, 8, 3, 2),
-    (32768, 8, 3, 1),
-]
+GEMV = [(4096, 4), (8192, 4), (16384, 4), (16384, 8), (32768, 8), (65536, 8), (65536, 16)]  # bytes a program, warps
 FEW = [  # M ≤ 16
     Tile(16, 16, 256, 2, 4),
     Tile(16, 32, 256, 2, 4),
@@ -70,7 +59,7 @@ def on_hopper() -> bool:
 
 def chosen(shape: Shape) -> Tile | GemvTile:
     m, n, k = shape
-    return int4_gemv.choose_gemv_tile(n, k // 2) if m == 1 else int4_linear.choose_tile(m, n, k // 2, on_hopper())
+    return int4_gemv.choose_gemv_tile(k // 2, False) if m == 1 else int4_linear.choose_tile(m, n, k // 2, on_hopper())
 
 
 def tiles_of(shape: Shape) -> list[Tile | GemvTile]:
@@ -79,7 +68,7 @@ def tiles_of(shape: Shape) -> list[Tile | GemvTile]:
     tiles: list[Tile | GemvTile]
     if m == 1:
         row = 1 << (k // 2 - 1).bit_length()
-        tiles = [GemvTile(max(1, step // row), *rest) for step, *rest in GEMV]
+        tiles = [GemvTile(max(1, step // row), num_warps) for step, num_warps in GEMV]
     elif m <= 64:
         tiles = [replace(tile, block_m=max(16, m)) for tile in (FEW if m <= 16 else MORE)]
     else:
@@ -93,7 +82,7 @@ def tiles_to_check(shape: Shape) -> list[Tile | GemvTile]:
     m, _, k = shape
     tiles: list[Tile | GemvTile] = [TRITON_PREFILL[1]]
     if m == 1:
-        tiles += [GemvTile(8, 4, 4, 2), GemvTile(8, 8), GemvTile(16, 16)]
+        tiles += [GemvTile(4, 4), GemvTile(8, 8), GemvTile(16, 16)]
     if m <= 16:
         tiles += [Tile(16, 32, 128, 2, 4), Tile(16, 64, 128, 4, 3, split_k=2)]
     if m <= 64:

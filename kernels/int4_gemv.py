@@ -9,15 +9,13 @@ masks and a shift make two words of 16-fold int8 weights, two `dp4a` multiply th
 five instructions for eight products, about a fifth of the time the word needs to arrive (H100). Per-word sums are added
 over the row at the end, and the epilogue shifts the factor 16 out.
 
-**One kernel.** A static grid needs no statistics of the token, so every program quantizes all of it for itself, once,
-while its first weights are on their way: K · 20 instructions, a few tenths of a microsecond, where a kernel of its own
-costs one or two. 3 TB/s at a latency of 1 µs need 23 KB in flight on each of an H100's 132 multiprocessors. There are
-two ways to have them, and a tile says which:
+**All at once.** A program has one block of rows and asks for all of it, and for the rows' scales, before it touches
+the token: 3 TB/s at a latency of 1 µs need 23 KB in flight on each of an H100's 132 multiprocessors. Persistent
+programs that walk over blocks in a software pipeline were slower (docs/kernels.md).
 
-- *All at once*: a program has one block of rows and asks for all of it, and for the rows' scales, before it touches the
-  token. One latency instead of several; but as many programs quantize as there are blocks.
-- *Persistent*: a program walks over blocks with a stride of the grid, software-pipelined (`num_stages` blocks in
-  flight), and quantizes once for all of them.
+**Quantization.** A static grid needs no statistics of the token, so a program may quantize all of it for itself while
+its weights are on their way. As many programs do that as there are blocks, so it pays for small layers only: above
+``FUSED_BYTES`` of weights a launch of its own, one or two microseconds, costs less.
 
 Shapes: x of a float dtype [K] or codes int8 [K]; packed int32 [N, W], the uint8 [N, P = 4 W] of :mod:`.int4_linear`
 seen as words; W ≤ 4096, P a multiple of 16 bytes. One weight scale a channel.
@@ -33,17 +31,16 @@ from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.int4_tile import INTERPRETED
 from torch import Tensor
 
+FUSED_BYTES = 16 << 20
 MAX_WORDS = 4096  # a program holds the codes of a whole row in registers
 
 
 @dataclass(frozen=True)
 class GemvTile:
-    """block_n rows a step. Persistent: num_stages steps in flight, programs_per_sm on a multiprocessor; 0: at once."""
+    """The rows that a program multiplies, and its warps."""
 
     block_n: int
     num_warps: int
-    num_stages: int = 1
-    programs_per_sm: int = 0
 
 
 @triton.jit
@@ -87,41 +84,6 @@ def _code_words(x_ptr, first, K, scale, zero_point, QUANTIZE: tl.constexpr, Q_MI
 
 
 @triton.jit
-def _load_rows(
-    n,
-    packed_ptr,
-    weight_scale_ptr,
-    weight_sums_ptr,
-    bias_ptr,
-    residual_ptr,
-    N,
-    W,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """All that belongs to rows n: packed words [n, W], scales, sums, and bias plus residual, float32 [n]."""
-    n_inside, word = n < N, tl.arange(0, BLOCK_W)
-    inside = n_inside[:, None] & (word < W)[None, :]
-    packed = tl.load(packed_ptr + n.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0)
-    weight_scale = tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)
-    sums = tl.load(weight_sums_ptr + n, mask=n_inside, other=0).to(tl.float32)
-    added = weight_scale * 0.0
-    if HAS_BIAS:
-        added += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        added += tl.load(residual_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
-    return packed, weight_scale, sums, added
-
-
-@triton.jit
-def _store_rows(n, y_ptr, packed, weight_scale, sums, added, low, high, act_scale, zero_point, N, ASM: tl.constexpr):
-    acc = tl.sum(multiply_word(packed, low[None, :], high[None, :], ASM), 1) >> 4
-    y = weight_scale * (acc.to(tl.float32) - zero_point * sums) * act_scale + added
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
 def _gemv_kernel(
     x_ptr,
     packed_ptr,
@@ -141,49 +103,26 @@ def _gemv_kernel(
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     ASM: tl.constexpr,
-    PERSISTENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if not PERSISTENT:
-        packed, weight_scale, sums, added = _load_rows(
-            n,
-            packed_ptr,
-            weight_scale_ptr,
-            weight_sums_ptr,
-            bias_ptr,
-            residual_ptr,
-            N,
-            W,
-            HAS_BIAS,
-            HAS_RESIDUAL,
-            BLOCK_W,
-        )
+    n_inside, word = n < N, tl.arange(0, BLOCK_W)
+    inside = n_inside[:, None] & (word < W)[None, :]
+    packed = tl.load(packed_ptr + n.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0)
+    weight_scale = tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)
+    sums = tl.load(weight_sums_ptr + n, mask=n_inside, other=0).to(tl.float32)
+    added = weight_scale * 0.0
+    if HAS_BIAS:
+        added += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        added += tl.load(residual_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
     act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
-    word = tl.arange(0, BLOCK_W)
     low = _code_words(x_ptr, 4 * word, K, act_scale, zero_point, QUANTIZE, Q_MIN, Q_MAX)
     high = _code_words(x_ptr, 4 * (word + W), K, act_scale, zero_point, QUANTIZE, Q_MIN, Q_MAX)
-    if not PERSISTENT:
-        _store_rows(n, y_ptr, packed, weight_scale, sums, added, low, high, act_scale, zero_point, N, ASM)
-    else:
-        for block in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
-            n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            packed, weight_scale, sums, added = _load_rows(
-                n,
-                packed_ptr,
-                weight_scale_ptr,
-                weight_sums_ptr,
-                bias_ptr,
-                residual_ptr,
-                N,
-                W,
-                HAS_BIAS,
-                HAS_RESIDUAL,
-                BLOCK_W,
-            )
-            _store_rows(n, y_ptr, packed, weight_scale, sums, added, low, high, act_scale, zero_point, N, ASM)
+    acc = tl.sum(multiply_word(packed, low[None, :], high[None, :], ASM), 1) >> 4
+    y = weight_scale * (acc.to(tl.float32) - zero_point * sums) * act_scale + added
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n_inside)
 
 
 def serves(num_tokens: int, packed: Tensor, num_groups: int) -> bool:
@@ -193,9 +132,10 @@ def serves(num_tokens: int, packed: Tensor, num_groups: int) -> bool:
     return num_tokens == 1 and num_groups == 1 and aligned and num_bytes <= 4 * MAX_WORDS
 
 
-def choose_gemv_tile(num_outputs: int, num_bytes: int) -> GemvTile:
-    """About 16 KB of weights a step, three steps in flight."""
-    return GemvTile(max(1, min(16, 16384 // triton.next_power_of_2(num_bytes))), 8, 4, 1)
+def choose_gemv_tile(num_bytes: int, quantizes: bool) -> GemvTile:
+    """The tile for rows of so many packed bytes: 8 KB a program, and 32 KB where each quantizes the token."""
+    step, num_warps = (32768, 8) if quantizes else (8192, 4)
+    return GemvTile(max(1, min(16, step // triton.next_power_of_2(num_bytes))), num_warps)
 
 
 def int4_gemv(
@@ -218,13 +158,9 @@ def int4_gemv(
     """
     num_outputs, num_bytes = packed.shape
     num_columns, num_words = x.shape[1], num_bytes // 4
-    tile = tile or choose_gemv_tile(num_outputs, num_bytes)
+    tile = tile or choose_gemv_tile(num_bytes, x.is_floating_point())
     q_min, q_max = code_range(act_bits)
-    programs = triton.cdiv(num_outputs, tile.block_n)
-    if tile.programs_per_sm and not INTERPRETED:
-        properties = torch.cuda.get_device_properties(x.device)
-        programs = min(programs, tile.programs_per_sm * properties.multi_processor_count)
-    _gemv_kernel[(programs,)](
+    _gemv_kernel[(triton.cdiv(num_outputs, tile.block_n),)](
         x,
         packed.view(torch.int32),
         y,
@@ -243,9 +179,7 @@ def int4_gemv(
         Q_MIN=q_min,
         Q_MAX=q_max,
         ASM=not INTERPRETED,
-        PERSISTENT=tile.programs_per_sm > 0,
         BLOCK_N=tile.block_n,
         BLOCK_W=triton.next_power_of_2(num_words),
-        STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )

@@ -29,7 +29,7 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
+from lit_actreg_kernels.int4_gemv import FUSED_BYTES, GemvTile, int4_gemv
 from lit_actreg_kernels.int4_gemv import serves as gemv_serves
 from lit_actreg_kernels.int4_tile import INTERPRETED, correct, finish, times_16, times_16_high, times_16_low
 from torch import Tensor
@@ -208,19 +208,20 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool)
             smallest GPUs.
     """
     if num_tokens <= 16:
-        return Tile(16, 64, 256, num_warps=4, num_stages=4, split_k=split_for(num_outputs, 64, num_bytes))
+        return Tile(16, 32, 256, num_warps=2, num_stages=4, split_k=split_for(num_outputs, 32, num_bytes))
     if num_tokens <= 64:
         block_m = 32 if num_tokens <= 32 else 64
-        block_k, num_stages = (256, 3) if hopper else (128, 4)
-        return Tile(block_m, 64, block_k, 4, num_stages, split_for(num_outputs, 64, num_bytes))
-    # A multiprocessor has room for one program of 256 x 128 or for two of 128 x 128, about as fast. With no more than
-    # half of them busy smaller tiles spread the work over the others.
-    half = 66
-    rows = triton.cdiv(num_tokens, 128)
-    if hopper and rows * triton.cdiv(num_outputs, 256) > half:
+        if hopper and num_outputs <= 4096:
+            return Tile(block_m, 32, 256, 4, 3, split_for(num_outputs, 32, num_bytes))
+        return Tile(block_m, 64, 128, 4, 4, split_for(num_outputs, 64, num_bytes))
+    # A multiprocessor has room for one program of 256 x 128 or for two of 128 x 128. With no more than half of the 132
+    # busy smaller tiles spread the work over the others.
+    wide = triton.cdiv(num_tokens, 128) * triton.cdiv(num_outputs, 256)
+    square = triton.cdiv(num_tokens, 128) * triton.cdiv(num_outputs, 128)
+    if hopper and wide > 66:
         return Tile(128, 256, 64, num_warps=8, num_stages=4, hopper=True)
-    if rows * triton.cdiv(num_outputs, 128) > half:
-        return Tile(128, 128, 64, num_warps=4, num_stages=4)
+    if square > 66:
+        return Tile(128, 128, 64, num_warps=4, num_stages=4, hopper=hopper)
     return Tile(64, 64, 128, num_warps=4, num_stages=4)
 
 
@@ -231,8 +232,8 @@ def split_for(num_outputs: int, block_n: int, num_bytes: int) -> int:
 
 
 def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
-    """Whether the linear quantizes its own input: where every program does the whole of it, one token is the limit."""
-    return gemv_serves(x.shape[0], packed, num_groups)
+    """Whether the linear quantizes its own input: every program does all of it, so for one token and few weights."""
+    return gemv_serves(x.shape[0], packed, num_groups) and packed.numel() <= FUSED_BYTES
 
 
 @functools.cache

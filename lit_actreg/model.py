@@ -25,7 +25,7 @@ from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
 
 def rotary_angles(num_tokens: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [T, E] of the rotary positions, float32, halves repeated (the GPT-NeoX and Llama convention)."""
-    frequencies = theta ** -(torch.arange(0, head_width, 2, device=device, dtype=torch.int64).float() / head_width)
+    frequencies = 1.0 / theta ** (torch.arange(0, head_width, 2, device=device).float() / head_width)  # as transformers
     angles = torch.outer(torch.arange(num_tokens, device=device).float(), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()

@@ -12,7 +12,7 @@ from lit_actreg_kernels.int4_gemv import GemvTile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TILES = [GemvTile(8, 4, 3, 1), GemvTile(4, 8)]  # persistent, all at once
+TILES = [GemvTile(8, 4), GemvTile(4, 8)]
 
 COMPILE = """
 import json, triton
@@ -31,7 +31,7 @@ def ptx(**constants):
     source = ASTSource(_gemv_kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in divisible})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
 
-print(json.dumps([ptx(PERSISTENT=False, BLOCK_N=16, STAGES=1), ptx(PERSISTENT=True, BLOCK_N=8, STAGES=4)]))
+print(json.dumps(ptx(BLOCK_N=16)))
 """
 
 
@@ -123,9 +123,16 @@ def test_serves_one_token_in_aligned_rows():
 
 
 @pytest.mark.parametrize("num_bytes", [16, 512, 2048, 4096, 5504, 16384])
-def test_a_step_is_about_16_kib(num_bytes):
-    tile = int4_gemv.choose_gemv_tile(4096, num_bytes)
-    assert tile.block_n == 16 or 8192 <= tile.block_n * num_bytes <= 32768
+@pytest.mark.parametrize(("quantizes", "step"), [(False, 8192), (True, 32768)])
+def test_a_program_has_its_share_of_weights(num_bytes, quantizes, step):
+    tile = int4_gemv.choose_gemv_tile(num_bytes, quantizes)
+    assert tile.block_n in (1, 16) or step // 2 < tile.block_n * num_bytes <= step
+
+
+def test_large_layers_quantize_before():
+    x = torch.zeros(1, 4096)
+    assert int4_linear.fuses_quantization(x, torch.zeros(4096, 2048, dtype=torch.uint8), 1)
+    assert not int4_linear.fuses_quantization(x, torch.zeros(11008, 2048, dtype=torch.uint8), 1)
 
 
 def test_weights_are_on_their_way_before_the_token_is_quantized(tmp_path):
@@ -133,10 +140,9 @@ def test_weights_are_on_their_way_before_the_token_is_quantized(tmp_path):
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    at_once, persistent = json.loads(result.stdout)
-    assert "mma" not in at_once + persistent
-    loads, _, rest = at_once.partition("div.rn.f32")
+    found = json.loads(result.stdout)
+    assert "mma" not in found
+    loads, _, rest = found.partition("div.rn.f32")
     assert loads.count("ld.global.v4.b32") == 8  # 16 rows of 2 KiB, 16 bytes a thread of 256
     assert "ld.global.v4" not in rest
     assert "dp4a" in rest
-    assert "cp.async.cg.shared.global" in persistent

@@ -141,6 +141,7 @@ def test_only_one_token_is_quantized_inside():
 
 
 BIG = Tile(128, 256, 64, 8, 4, hopper=True)
+SQUARE = Tile(128, 128, 64, 4, 4, hopper=True)
 MIDDLE = Tile(128, 128, 64, 4, 4)
 SMALL = Tile(64, 64, 128, 4, 4)
 
@@ -153,15 +154,16 @@ SMALL = Tile(64, 64, 128, 4, 4)
         (16384, 8192, 1024, True, BIG),
         (8192, 8192, 4096, False, MIDDLE),
         (640, 4096, 2048, True, BIG),  # 80 tiles of 128 x 256
-        (512, 4096, 2048, True, MIDDLE),  # 64 of them, but 128 of 128 x 128
+        (512, 4096, 2048, True, SQUARE),  # 64 of them, but 128 of 128 x 128
         (256, 4096, 2048, True, SMALL),  # 64 of those
         (100, 33, 16, False, SMALL),
-        (64, 8192, 4096, True, Tile(64, 64, 256, 4, 3)),
+        (64, 8192, 4096, True, Tile(64, 64, 128, 4, 4)),
+        (64, 4096, 2048, True, Tile(64, 32, 256, 4, 3)),
         (64, 8192, 4096, False, Tile(64, 64, 128, 4, 4)),
         (32, 1024, 4096, False, Tile(32, 64, 128, 4, 4, split_k=4)),
-        (16, 4096, 2048, True, Tile(16, 64, 256, 4, 4)),
-        (16, 11008, 2048, True, Tile(16, 64, 256, 4, 4)),
-        (2, 1024, 4096, True, Tile(16, 64, 256, 4, 4, split_k=4)),
+        (16, 4096, 2048, True, Tile(16, 32, 256, 2, 4)),
+        (16, 11008, 2048, True, Tile(16, 32, 256, 2, 4)),
+        (2, 1024, 4096, True, Tile(16, 32, 256, 2, 4, split_k=2)),
     ],
 )
 def test_choice_by_regime(m, n, p, hopper, tile):
