@@ -9,6 +9,7 @@ what to compute again), so this is an estimate, to be checked with the first ste
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import yaml
 
 from lit_actreg.callbacks.kurtosis import KurtosisRegularization
 from lit_actreg.callbacks.throughput import flops_per_token, num_block_parameters
-from lit_actreg.config import ModelConfig, QuantConfig
+from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.contracts import LossTerm
 from lit_actreg.model import Block, Decoder, rotary_angles
 from lit_actreg.quant.statistics import token_kurtosis
@@ -45,8 +46,12 @@ def saved_bytes(block: Block, num_sequences: int) -> int:
 def bytes_per_token(config: ModelConfig, quant: QuantConfig, penalized: bool, compiled: bool) -> float:
     """What one more token adds to a block's saved activations."""
     block = Block(config, quant)
+    for site in SITES:
+        getattr(block, site).input_quantizer.fused = True  # as on a GPU
     if penalized:
-        block.loss_terms = (LossTerm(token_kurtosis, KurtosisRegularization().sites),)
+        callback = KurtosisRegularization()
+        statistic = partial(token_kurtosis, every_nth_token=callback.every_nth_token)
+        block.loss_terms = (LossTerm(statistic, callback.sites),)
     if compiled:
         block.compile(fullgraph=True, dynamic=False)
     return (saved_bytes(block, 2) - saved_bytes(block, 1)) / PROBE_TOKENS

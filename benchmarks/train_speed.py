@@ -10,9 +10,8 @@ so that clocks and heat are shared; a turn is one step to warm up and STEPS time
 rounds. Before that, the fused operators' gradients must agree with the formula's, or nothing is printed and the status
 is 1.
 
-Utilisation is model FLOPs over 989 TFLOP/s, an H100 SXM's dense bfloat16: a token costs 6 · N + 6 · L · D · T, with N
-the weights of all matrix products (head included), and causal attention half of 12 · L · D · T (L blocks, width D, T
-tokens of context); quantization, norms and recomputation count nothing (Narayanan et al., arXiv 2104.04473, appendix).
+Utilization is model FLOPs (:func:`lit_actreg.callbacks.throughput.flops_per_token`) over an H100 SXM's dense bfloat16
+peak; quantization, norms and recomputation count nothing.
 """
 
 import argparse
@@ -26,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lit_actreg.config import SITES, ModelConfig, QuantConfig
+from lit_actreg.callbacks.throughput import PEAK_TFLOPS, flops_per_token, num_block_parameters
+from lit_actreg.config import ModelConfig, QuantConfig
 from lit_actreg.contracts import LossTerm
 from lit_actreg.model import Decoder
 from lit_actreg.module import next_token_loss
@@ -36,9 +36,8 @@ from lit_actreg.quant.observe import observe_inputs
 from lit_actreg.quant.statistics import token_kurtosis
 
 STEPS = 4
-PEAK_FLOPS = 989e12
 KURTOSIS, KURTOSIS_WEIGHT = LossTerm(partial(token_kurtosis, every_nth_token=4)), 1e-5  # as the callback has them
-# As configs/fit_<size>.yaml have them: blocks, width, heads, tied embeddings, vocabulary, sequences, context
+# Blocks, width, heads, tied embeddings, vocabulary, sequences, context; batches that fit 80 GB in every variant
 SIZES = {
     "tiny": (2, 32, 2, True, 300, 2, 16),
     "98m": (12, 768, 12, True, 16384, 64, 512),
@@ -88,6 +87,7 @@ class Trainee:
         self.batch = torch.randint(vocab_size, (num_sequences, context + 1), device=device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device == "cuda")
         self.loss = next_token_loss
+        self.flops_per_token = flops_per_token(self.config, num_block_parameters(self.model), vocab_size)
         self.calibrate()
         if device == "cuda":
             compile_blocks(self.model)
@@ -124,11 +124,6 @@ class Trainee:
         with torch.compiler.set_stance("force_eager" if eager else "default"):
             self.backward(max(1, self.batch[:, 1:].numel() // 4096) if eager else 1)
         return {n: p.grad.float().clone() for n, p in self.model.named_parameters() if p.grad is not None}
-
-    def flops_per_token(self) -> float:
-        matrices = sum(getattr(b, site).weight.numel() for b in self.model.blocks for site in SITES)
-        attention = self.config.num_layers * self.config.width * self.config.context
-        return 6.0 * (matrices + self.model.head.weight.numel() + attention)
 
     def clock(self) -> float:
         if self.device == "cuda":
@@ -195,7 +190,7 @@ def measure(trainee: Trainee, rounds: int) -> tuple[dict[str, list[float]], dict
 
 
 def print_table(trainee: Trainee, times: dict[str, list[float]], peaks: dict[str, float]) -> None:
-    tokens, flops = trainee.batch[:, 1:].numel(), trainee.flops_per_token()
+    tokens, flops = trainee.batch[:, 1:].numel(), trainee.flops_per_token
     print(f"{'':22}{'ms/step':>9}{'spread':>8}{'tokens/s':>11}{'of plain':>10}{'peak GiB':>10}{'memory':>8}{'MFU':>7}")
     for name, found in times.items():
         ms = statistics.median(found)
@@ -205,7 +200,7 @@ def print_table(trainee: Trainee, times: dict[str, list[float]], peaks: dict[str
         memory = peaks[name] / peaks[PLAIN.name] if peaks[PLAIN.name] else float("nan")
         print(
             f"{name:22}{ms:9.2f}{spread:8.1%}{rate:11,.0f}{ratio:9.3f}x{peaks[name]:10.2f}{memory:7.2f}x"
-            f"{rate * flops / PEAK_FLOPS:7.1%}"
+            f"{rate * flops / (1e12 * PEAK_TFLOPS['H100']):7.1%}"
         )
 
 

@@ -7,8 +7,8 @@
 
 Each is a ``torch.library.custom_op`` whose backward is one too, so torch.compile takes both whole, and activation
 checkpointing, DDP and FSDP2 see ordinary operators. Triton on a GPU (sm_80 or later), :mod:`.training_reference`
-elsewhere; float64 runs on the reference alone. Sums over tokens leave a backward as partial sums, one a program, and
-are added here, where the compiler fuses the additions.
+elsewhere; float64 runs on the reference alone, on a CPU. Sums over tokens leave a backward as partial sums, one a
+program, and are added here, where the compiler fuses the additions.
 
 The *gate* of ``norm_fake_quantize`` is how the gradient of the residual connection gets into the norm's backward pass,
 where adding it costs one read; added outside, it costs two reads and a write of the whole stream. It is a zero in the

@@ -106,7 +106,9 @@ class LossGuard(Callback):
         """Judges the step, and has the optimizer leave it out if it is bad."""
         if not self.active:
             return
-        loss = trainer.strategy.reduce(torch.stack(self._losses).sum(), reduce_op="mean")
+        # Lightning divides by the whole window's length also where the last one of a pass over the data is shorter
+        mean = torch.stack(self._losses).sum() * (trainer.accumulate_grad_batches / len(self._losses))
+        loss = trainer.strategy.reduce(mean, reduce_op="mean")
         first = num_trained_batches(trainer) - len(self._losses) + 1
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -175,6 +177,8 @@ class LossGuard(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """No checkpoint is written of a fit that is about to stop."""
         self.read(trainer)
+        if self.state_key in checkpoint.get("callbacks", {}):  # Lightning asked for the state before this
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.read(trainer)

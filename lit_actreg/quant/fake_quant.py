@@ -39,11 +39,11 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, low: Tensor, high: Tensor, bits: int, integer: bool, outside: Outside, rounds: bool
     ) -> Tensor:
         q_min, q_max = code_range(bits)
-        scale, zero_point = grid_from_clips(low, high, bits, integer)
+        scale, zero_point = grid_from_clips(_widen(low), _widen(high), bits, integer)
         u = (_widen(x) / scale + zero_point).clamp(q_min, q_max)
         x_hat = ((u.round() if rounds else u) - zero_point) * scale
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.bits, ctx.outside, ctx.rounds = bits, outside, rounds
+        ctx.bits, ctx.outside, ctx.rounds, ctx.clip_dtype = bits, outside, rounds, low.dtype
         return x_hat.to(x.dtype, copy=True)
 
     @staticmethod
@@ -58,7 +58,7 @@ class _FakeQuantize(torch.autograd.Function):
         dx = torch.where(above | below, 0.0, g) if ctx.outside == "masked" else g
         d_low = (torch.where(below, g, 0.0) + delta * g).sum(-1).sum().reshape(1)
         d_high = (torch.where(above, g, 0.0) - delta * g).sum(-1).sum().reshape(1)
-        return dx.to(x.dtype), d_low, d_high, None, None, None, None
+        return dx.to(x.dtype), d_low.to(ctx.clip_dtype), d_high.to(ctx.clip_dtype), None, None, None, None
 
 
 def fake_quantize(

@@ -2,8 +2,8 @@
 
 Every function here says what is computed twice: as the plain modules, and as the fused operator of
 :mod:`lit_actreg_kernels.training_ops` with the same values (codes are equal but for the last bit of a norm or an
-activation) and the same gradients. The operators read and write each tensor once, where a compiler's code for the
-plain path makes several passes over it in the backward pass.
+activation; run eagerly in 16 bits, plain SwiGLU also rounds its silu) and the same gradients. The operators read and
+write each tensor once, where a compiler's code for the plain path makes several passes over it in the backward pass.
 
 Which path runs is :func:`fuses`: the fused one for a static grid on a CUDA device, or wherever
 ``InputQuantizer.fused`` says so. A hook on the linear or on its quantizer means that somebody wants to see the linear's

@@ -56,7 +56,7 @@ def token_kurtosis(y: Tensor, every_nth_token: int = 1, eps: float = 1e-12) -> T
             memory traffic.
     """
     if every_nth_token > 1:
-        y = y[..., every_nth_token // 2 :: every_nth_token, :]
+        y = y[..., min(every_nth_token // 2, y.shape[-2] - 1) :: every_nth_token, :]
     return _TokenKurtosis.apply(y, eps).mean()  # type: ignore[no-any-return]
 
 
