@@ -32,6 +32,7 @@ from lit_actreg.model import Decoder
 from lit_actreg.module import next_token_loss
 from lit_actreg.parallel import compile_blocks
 from lit_actreg.quant.clips import initial_clips
+from lit_actreg.quant.linear import QuantLinear
 from lit_actreg.quant.observe import observe_inputs
 from lit_actreg.quant.statistics import token_kurtosis
 
@@ -98,10 +99,11 @@ class Trainee:
         """Clips from the batch, as a fit has them after its first step."""
 
         def observer(layer: int, site: str, linear: torch.nn.Module, x: Tensor) -> None:
+            assert isinstance(linear, QuantLinear)
             q = linear.input_quantizer
-            low, high = initial_clips(x, "mse", q.bits, q.integer_zero_point, q.lower_bound)  # type: ignore
-            q.low.copy_(low)  # type: ignore
-            q.high.copy_(high)  # type: ignore
+            low, high = initial_clips(x, "mse", q.bits, q.integer_zero_point, q.lower_bound)
+            q.low.copy_(low)
+            q.high.copy_(high)
 
         with torch.autocast(self.device, torch.bfloat16):
             observe_inputs(self.model, self.batch[:2, :-1], observer)
