@@ -70,3 +70,8 @@ def shard(model: Decoder, mesh: DeviceMesh) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded, with all its values on every rank; all ranks must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded: the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lit_actreg.config import SITES
 from lit_actreg.module import LitLanguageModel
-from lit_actreg.parallel import whole
+from lit_actreg.parallel import local, whole
 from lit_actreg.quant.clips import ClipMethod, initial_clips
 from lit_actreg.quant.linear import InputQuantizer, QuantLinear
 from lit_actreg.quant.observe import observe_inputs
@@ -58,8 +58,8 @@ class ClipSchedule(Callback):
         self.lr, self.unit, self.momentum, self.freeze_step, self.bits = lr, unit, momentum, freeze_step, bits
         self.calibrate_steps = set(range(0, 101, 10) if calibrate_steps is None else calibrate_steps)
         self.method, self.constant, self.tail = method, constant, tail
-        self._before_step: list[tuple[Tensor, Tensor]] = []
-        self._calibrated_step = -1
+        self._before_step: Tensor | None = None
+        self._calibrated_step = self._logged_step = -1
 
     def state_dict(self) -> dict[str, Any]:
         return {"calibrated_step": self._calibrated_step}
@@ -133,28 +133,42 @@ class ClipSchedule(Callback):
                 group["lr"] = self.lr_at(trainer.global_step, pl_module)
                 group["betas"] = (self.momentum, group["betas"][1])
                 if self.unit == "relative":
-                    self._before_step = [(p, p.detach().clone()) for p in group["params"]]
+                    self._before_step = torch.cat(self._clips(pl_module))
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LitLanguageModel)
-        if self._before_step:
-            self._scale_step(pl_module)
-            self._before_step = []
-        quantizers = self._quantizers(pl_module)
-        if quantizers and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log("clips/bits", float(self.bits_at(trainer.global_step, pl_module.quant.activation_bits)))
-            pl_module.log("clips/lr", self.lr_at(trainer.global_step, pl_module))
-            for name, quantizer in quantizers:
-                pl_module.log(f"clips_low_{name}", whole(quantizer.low.detach()))
-                pl_module.log(f"clips_high_{name}", whole(quantizer.high.detach()))
+        if self._before_step is not None:
+            self._scale_step(pl_module, self._before_step)
+            self._before_step = None
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every == 0 and step != self._logged_step:
+            self._logged_step = step
+            self._log(trainer, pl_module)
 
-    def _scale_step(self, module: LitLanguageModel) -> None:
-        """Turns the step just made, in absolute units, into one in units of half the clip interval."""
-        before = {id(p): old for p, old in self._before_step}
-        for _, quantizer in self._quantizers(module):
-            old_low, old_high = (before.get(id(p), p) for p in (quantizer.low, quantizer.high))
-            half = (old_high - old_low) / 2
-            for clip, old in ((quantizer.low, old_low), (quantizer.high, old_high)):
-                if id(clip) in before:
-                    clip.copy_(old + half * (clip - old))
+    def _log(self, trainer: Trainer, module: LitLanguageModel) -> None:
+        """Clips, bits and learning rate to the logger, with one wait for the device."""
+        named, step = self._quantizers(module), trainer.global_step
+        clips = [whole(clip.detach()) for _, q in named for clip in (q.low, q.high)]
+        if not named or trainer.logger is None or not trainer.is_global_zero:
+            return
+        names = [f"clips_{end}_{name}" for name, _ in named for end in ("low", "high")]
+        numbers = dict(zip(names, torch.cat(clips).tolist(), strict=True))
+        numbers["clips/bits"] = float(self.bits_at(step, module.quant.activation_bits))
+        numbers["clips/lr"] = self.lr_at(step, module)
+        trainer.logger.log_metrics(numbers, step)
+
+    def _clips(self, module: LitLanguageModel) -> list[Tensor]:
+        """Every c⁻, then every c⁺: [1] each. Of sharded ones what this rank holds; a pair lies on the same rank."""
+        quantizers = [quantizer for _, quantizer in self._quantizers(module)]
+        return [local(clip.detach()) for clip in (*(q.low for q in quantizers), *(q.high for q in quantizers))]
+
+    def _scale_step(self, module: LitLanguageModel, before: Tensor) -> None:
+        """Turns the step just made, in absolute units, into one in units of half the clip interval.
+
+        In few launches whatever the number of clips: this runs at every step.
+        """
+        clips = self._clips(module)
+        low, high = before.chunk(2)
+        scaled = before + ((high - low) / 2).repeat(2) * (torch.cat(clips) - before)
+        torch._foreach_copy_(clips, scaled.split([clip.numel() for clip in clips]))

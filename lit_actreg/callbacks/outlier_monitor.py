@@ -10,11 +10,12 @@ A channel of a linear's input is an *outlier channel* if its mean |x| exceeds 6 
                             the weight: what QAT alone makes worse ("migration"); magnitudes are the largest row's and
                             column's norm over the mean one's; errors are round-to-nearest's
 
-and, now and then, three pictures (:mod:`lit_actreg.callbacks.pictures`) and a histogram of channel ratios.
+and ``outliers/snapshot_seconds``, what it took; and, now and then, three pictures (:mod:`lit_actreg.callbacks.pictures`) and a histogram of channel ratios.
 
 The pass is eager and recompiles nothing. It also runs once at the start of ``validate``, on any checkpoint.
 """
 
+import time
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ class OutlierMonitor(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(module, LitLanguageModel)
         assert isinstance(data, TextDataModule)
-        step = self._last_step = trainer.global_step
+        step, started = trainer.global_step, time.perf_counter()
+        self._last_step = step
         blocks = data.blocks["valid"]
         num_rows = max(1, min(len(blocks), self.num_tokens // (blocks[0].shape[-1] - 1)))
         ids = blocks.__getitems__(list(range(num_rows)))[:, :-1].to(module.device)
@@ -141,7 +143,7 @@ class OutlierMonitor(Callback):
         with trainer.precision_plugin.forward_context():
             observe_inputs(module.model, ids, observer)
         values = torch.stack([value.float() for value in found.values()]).tolist()  # the one wait for the device
-        numbers = dict(zip(found, values, strict=True))
+        numbers = dict(zip(found, values, strict=True)) | {"outliers/snapshot_seconds": time.perf_counter() - started}
         if trainer.logger is None or not trainer.is_global_zero:
             return
         trainer.logger.log_metrics(numbers, step)
