@@ -74,14 +74,15 @@ class QuantConfig:
     Attributes:
         activations: "none": inputs stay as they are; "static": learned clips, one pair a linear (the method);
             "clamp": inputs are clamped to the clips but not rounded (the paper's activation clamping); "token":
-            dynamic asymmetric min-max per token (the paper's RTN; for models trained without clips).
+            dynamic asymmetric min-max per token (the paper's RTN; for models trained without clips). Rivals, for
+            comparison: "rotated": per token after a Hadamard rotation; "quest": the same with QuEST's estimator.
         activation_bits: Bits of the grid, 2-8.
         zero_point: "integer" (zero is exact; kernels and formats can hold it) or "real" (as published).
         sites: Linear inputs that are quantized.
         outside_gradient: Gradient of an input outside its clips: "masked" (none, as published) or "passed".
     """
 
-    activations: Literal["none", "static", "clamp", "token"] = "static"
+    activations: Literal["none", "static", "clamp", "token", "rotated", "quest"] = "static"
     activation_bits: int = 4
     zero_point: Literal["integer", "real"] = "integer"
     sites: list[Site] = field(default_factory=lambda: list(SITES))

@@ -59,7 +59,7 @@ class ClipSchedule(Callback):
         self.calibrate_steps = set(range(0, 101, 10) if calibrate_steps is None else calibrate_steps)
         self.method, self.constant, self.tail = method, constant, tail
         self._before_step: Tensor | None = None
-        self._calibrated_step = self._logged_step = -1
+        self._calibrated_step = -1
 
     def state_dict(self) -> dict[str, Any]:
         return {"calibrated_step": self._calibrated_step}
@@ -132,25 +132,24 @@ class ClipSchedule(Callback):
             if group["name"] == "clips":
                 group["lr"] = self.lr_at(trainer.global_step, pl_module)
                 group["betas"] = (self.momentum, group["betas"][1])
-                if self.unit == "relative":
-                    self._before_step = torch.cat(self._clips(pl_module))
+                self._before_step = torch.cat(self._clips(pl_module))
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LitLanguageModel)
-        if self._before_step is not None:
+        if self._before_step is None:  # no optimizer step, or no clips
+            return
+        if self.unit == "relative":
             self._scale_step(pl_module, self._before_step)
-            self._before_step = None
-        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step % every == 0 and step != self._logged_step:
-            self._logged_step = step
+        self._before_step = None
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(trainer, pl_module)
 
     def _log(self, trainer: Trainer, module: LitLanguageModel) -> None:
         """Clips, bits and learning rate to the logger, with one wait for the device."""
         named, step = self._quantizers(module), trainer.global_step
         clips = [whole(clip.detach()) for _, q in named for clip in (q.low, q.high)]
-        if not named or trainer.logger is None or not trainer.is_global_zero:
+        if trainer.logger is None or not trainer.is_global_zero:
             return
         names = [f"clips_{end}_{name}" for name, _ in named for end in ("low", "high")]
         numbers = dict(zip(names, torch.cat(clips).tolist(), strict=True))

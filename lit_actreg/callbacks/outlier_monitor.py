@@ -10,7 +10,8 @@ A channel of a linear's input is an *outlier channel* if its mean |x| exceeds 6 
                             the weight: what QAT alone makes worse ("migration"); magnitudes are the largest row's and
                             column's norm over the mean one's; errors are round-to-nearest's
 
-and ``outliers/snapshot_seconds``, what it took; and, now and then, three pictures (:mod:`lit_actreg.callbacks.pictures`) and a histogram of channel ratios.
+and ``outliers/snapshot_seconds``, what that took; now and then also three pictures
+(:mod:`lit_actreg.callbacks.pictures`) and a histogram of channel ratios.
 
 The pass is eager and recompiles nothing. It also runs once at the start of ``validate``, on any checkpoint.
 """
@@ -48,7 +49,7 @@ def input_statistics(x: Tensor, linear: nn.Module, mean_abs: Tensor) -> dict[str
     quantizer = getattr(linear, "input_quantizer", None)
     if isinstance(quantizer, InputQuantizer) and quantizer.mode in ("static", "clamp"):
         found["saturation"] = ((x < quantizer.low) | (x > quantizer.high)).float().mean()
-    if isinstance(quantizer, InputQuantizer) and quantizer.mode in ("static", "token"):
+    if isinstance(quantizer, InputQuantizer) and quantizer.mode not in ("none", "clamp"):
         found["snr_db"] = signal_to_noise(x, quantizer(x))
     return found
 

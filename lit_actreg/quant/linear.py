@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from lit_actreg.config import QuantConfig, Site
 from lit_actreg.quant.fake_quant import fake_quantize, fake_quantize_per_token
+from lit_actreg.quant.rivals import fake_quantize_quest, fake_quantize_rotated
 
 # Lowest value of the activation function, where c⁻ belongs. min GELU(x) = −0.16997, at x = −0.7518.
 GELU_MINIMUM = -0.17
+# Grids that follow each token, without clips
+PER_TOKEN = {"token": fake_quantize_per_token, "rotated": fake_quantize_rotated, "quest": fake_quantize_quest}
 
 
 class InputQuantizer(nn.Module):
@@ -64,8 +67,8 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "none":
             return x
-        if self.mode == "token":
-            return fake_quantize_per_token(x, self.bits)
+        if self.mode in PER_TOKEN:
+            return PER_TOKEN[self.mode](x, self.bits)
         if not self.enabled:
             return x + 0.0 * (self.low + self.high).to(x.dtype)
         if self.fuses(x):
