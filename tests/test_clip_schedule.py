@@ -186,3 +186,21 @@ def test_a_fit_resumed_inside_an_accumulation_window_does_not_calibrate_twice(co
     rest = fit(tmp_path / "x.ckpt")
     assert list(rest.groups) == [2, 3, 4, 5]
     assert all(torch.equal(clip, whole.end[5][name]) for name, clip in rest.end[5].items())
+
+
+def test_clamping_with_the_clips_of_another_fit(corpus, tmp_path):
+    """The paper's comparison: fixed clips from a QAT model, nothing rounded."""
+    qat = run(corpus, ClipSchedule(0.05), steps=3)
+    qat.trainer.save_checkpoint(tmp_path / "qat.ckpt")
+    clamped = ClipSchedule(lr=0.0, from_checkpoint=tmp_path / "qat.ckpt")
+    found = run(corpus, clamped, quant=QuantConfig(activations="clamp"))
+    for name, clip in qat.end[2].items():
+        assert torch.equal(found.start[0][name], clip), name
+        assert torch.equal(found.end[5][name], clip), name
+
+
+def test_clips_of_a_fit_that_has_none_are_refused(corpus, tmp_path):
+    plain = run(corpus, ClipSchedule(), steps=1, quant=QuantConfig(activations="none"))
+    plain.trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match=r"clips\.from_checkpoint .* has no clips"):
+        run(corpus, ClipSchedule(from_checkpoint=tmp_path / "plain.ckpt"), steps=1)

@@ -10,6 +10,7 @@
 Everything is a function of the global step, so it is right at once after a resume.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_actreg.checkpoint import load_lightning_checkpoint
 from lit_actreg.config import SITES
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.parallel import local, whole
@@ -38,6 +40,8 @@ class ClipSchedule(Callback):
         method: How they are set: "mse", "minmax", "quantile" or "constant".
         constant: Clips ±constant of the method "constant".
         tail: Share of values below c⁻ and above c⁺ of the method "quantile".
+        from_checkpoint: .ckpt of another fit of the same shape, whose clips these start from; no calibration by default
+            then. With lr 0 and quant.activations "clamp": the paper's activation clamping.
     """
 
     def __init__(
@@ -51,12 +55,15 @@ class ClipSchedule(Callback):
         method: ClipMethod = "mse",
         constant: float = 4.0,
         tail: float = 1e-3,
+        from_checkpoint: Path | None = None,
     ) -> None:
         wrong = [b for b in (bits or {}).values() if b != 16 and not 2 <= b <= 8]
         if wrong:
             raise ValueError(f"clips.bits {wrong} are out of range: choose 2 to 8, or 16 for no quantization")
         self.lr, self.unit, self.momentum, self.freeze_step, self.bits = lr, unit, momentum, freeze_step, bits
-        self.calibrate_steps = set(range(0, 101, 10) if calibrate_steps is None else calibrate_steps)
+        by_default = () if from_checkpoint else range(0, 101, 10)
+        self.calibrate_steps = set(by_default if calibrate_steps is None else calibrate_steps)
+        self.from_checkpoint = from_checkpoint
         self.method, self.constant, self.tail = method, constant, tail
         self._before_step: Tensor | None = None
         self._calibrated_step = -1
@@ -86,6 +93,20 @@ class ClipSchedule(Callback):
         """Learning rate of the clips at an optimizer step, in this schedule's unit."""
         frozen = self.freeze_step is not None and step >= self.freeze_step
         return 0.0 if frozen else self.lr * module.lr_factor(step)
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitLanguageModel)
+        if self.from_checkpoint is None or trainer.global_step > 0:
+            return
+        checkpoint, path = load_lightning_checkpoint(self.from_checkpoint), self.from_checkpoint
+        if (mode := checkpoint["hyper_parameters"]["quant"]["activations"]) not in ("static", "clamp"):
+            raise ValueError(f'clips.from_checkpoint {path} has no clips (activations "{mode}"): name a fit with QAT')
+        for name, parameter in pl_module.named_parameters():
+            if "input_quantizer" in name:
+                if name not in checkpoint["state_dict"]:
+                    raise ValueError(f"clips.from_checkpoint {path} has no {name}: name a fit of this shape")
+                parameter.fill_(checkpoint["state_dict"][name].item())  # with a number: the clip may be sharded
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
         assert isinstance(pl_module, LitLanguageModel)
