@@ -124,7 +124,8 @@ def test_all_inputs_dead():
     ("make", "line"),
     [
         (lambda: GPTQ(damping=2), "damping 2 is out of range"),
-        (lambda: GPTQ(block_size=0), "block_size 0 is not positive"),
+        (lambda: GPTQ(block_size=0), "block_size 0 is out of range"),
+        (lambda: GPTQ(block_size=512), "choose 1 to 256, 128 as a rule"),
         (lambda: GPTQ().quantize_weight(torch.ones(2, 2), torch.full((2, 2), torch.nan)), "the Hessian has NaN"),
         (lambda: GPTQ().quantize_weight(torch.full((2, 2), torch.inf), torch.eye(2)), "the weight has NaN or infinite"),
         (lambda: GPTQ(group_size=4).quantize_weight(torch.ones(2, 6), torch.eye(6)), "group_size 4 does not divide"),

@@ -144,4 +144,6 @@ def input_hessians(block: Block, name: str, hidden: Sequence[Tensor], device: to
 def advance(block: Block, hidden: list[Tensor], device: torch.device) -> None:
     """Replaces the hidden states by the block's outputs, batch by batch, in place."""
     for x_BTD in hidden:
-        x_BTD.copy_(_run(block, x_BTD, device))
+        x_BTD.copy_(_run(block, x_BTD, device), non_blocking=True)  # the next batch need not wait for it
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

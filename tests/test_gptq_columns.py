@@ -1,0 +1,44 @@
+"""GPTQ's loop in Triton against plain PyTorch: in the interpreter without a GPU, compiled with one."""
+
+import pytest
+import torch
+from lit_actreg_kernels import gptq_columns, ops, reference
+from quantizer_checks import DEVICE, on_device
+
+from lit_actreg.quant.weight_grid import weight_grid
+
+
+def problem(num_columns, num_rows, num_groups, symmetric):
+    """A block as GPTQ meets it: a factor that is a slice of a larger one, and columns whose groups are in disorder."""
+    generator = torch.Generator().manual_seed(num_columns)
+    inputs = torch.randn(500, num_columns + 5, generator=generator) @ torch.randn(num_columns + 5, num_columns + 5)
+    hessian = (inputs.T @ inputs / 500).double()
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).float()
+    weight = torch.randn(num_columns, num_rows, generator=generator)
+    scale, zero_point = weight_grid(weight.T.unflatten(1, (num_groups, -1)), 4, symmetric, "minmax")
+    group = torch.randint(num_groups, (num_columns,), generator=generator)
+    return weight, factor[2 : 2 + num_columns, 2 : 2 + num_columns], scale, zero_point, group, 4
+
+
+@pytest.mark.parametrize("by_columns", [False, True], ids=["factor by rows", "factor by columns"])
+@pytest.mark.parametrize(("num_columns", "num_rows", "num_groups"), [(128, 24, 1), (60, 13, 3), (7, 1, 7), (1, 9, 1)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_equals_the_reference(num_columns, num_rows, num_groups, symmetric, by_columns):
+    w, factor, *rest, bits = problem(num_columns, num_rows, num_groups, symmetric)
+    factor = factor.t().contiguous().t() if by_columns else factor
+    expected_codes, expected_errors = reference.gptq_columns(w, factor, *rest, bits)
+    codes, errors = gptq_columns.gptq_columns(*on_device(w, factor, *rest), bits)
+    # One rounding instead of two moves a weight by 2⁻²⁴ of itself; these weights lie further from an edge than that.
+    assert torch.equal(codes.cpu(), expected_codes)
+    torch.testing.assert_close(errors.cpu(), expected_errors, rtol=1e-4, atol=1e-4 * float(expected_errors.abs().max()))
+
+
+def test_what_the_operator_refuses():
+    w, factor, *rest = (
+        value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in problem(8, 4, 1, True)
+    )
+    with pytest.raises(ValueError, match=r"factor has shape \[7, 7\]: w has 8 rows"):
+        ops.gptq_columns(w, factor[1:, 1:], *rest)
+    with pytest.raises(ValueError, match="a block of 257 columns: 1 to 256 are taken"):
+        ops.gptq_columns(w[:1].expand(257, 4), factor, *rest)
