@@ -38,8 +38,6 @@ def _kernel(
     C,
     N,
     G,
-    stride_row,
-    stride_column,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -54,18 +52,18 @@ def _kernel(
         scale = tl.load(scale_ptr + group, mask=n < N, other=1.0)
         zero_point = tl.load(zero_point_ptr + group, mask=n < N, other=0.0)
         code = to_grid(column, scale, zero_point, Q_MIN, Q_MAX)
-        diagonal = tl.load(factor_ptr + i * (stride_row + stride_column))
+        diagonal = tl.load(factor_ptr + i * C + i)
         error = tl.div_rn(column - (code - zero_point) * scale, diagonal + tl.zeros_like(column))
         tl.store(codes_ptr + i * N + n, code.to(tl.int8), mask=n < N)
         tl.store(errors_ptr + i * N + n, error, mask=n < N)
-        factor_row = tl.load(factor_ptr + i * stride_row + c * stride_column, mask=c < C, other=0.0)
+        factor_row = tl.load(factor_ptr + i * C + c, mask=c < C, other=0.0)
         w -= factor_row[:, None] * error[None, :]
 
 
 def gptq_columns(
     w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes int8 and errors [C, N] of contiguous float32 w; the arguments are :func:`.reference.gptq_columns`'s."""
+    """Codes int8 and errors [C, N]; the arguments, contiguous here, are those of :func:`.reference.gptq_columns`."""
     num_columns, num_rows = w.shape
     codes, errors = torch.empty_like(w, dtype=torch.int8), torch.empty_like(w)
     q_min, q_max = code_range(bits)
@@ -80,7 +78,6 @@ def gptq_columns(
         num_columns,
         num_rows,
         scale.shape[1],
-        *factor.stride(),
         q_min,
         q_max,
         BLOCK_C=triton.next_power_of_2(num_columns),

@@ -324,7 +324,7 @@ def gptq_columns(
     _check_columns(w, factor, scale, zero_point, group, bits)
     implementation = _implementation(w, "gptq_columns") if w.dtype == torch.float32 else reference
     return implementation.gptq_columns(
-        w.contiguous(), factor, scale.contiguous(), zero_point.contiguous(), group.contiguous(), bits
+        w.contiguous(), factor.contiguous(), scale.contiguous(), zero_point.contiguous(), group.contiguous(), bits
     )
 
 
