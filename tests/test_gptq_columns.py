@@ -3,9 +3,10 @@
 import pytest
 import torch
 from lit_actreg_kernels import gptq_columns, ops, reference
+from lit_actreg_plugins.gptq import GPTQ
 from quantizer_checks import DEVICE, on_device
 
-from lit_actreg.quant.weight_grid import weight_grid
+from lit_actreg.quant.weight_grid import dequantize_weight, relative_layer_error, weight_grid
 
 
 def problem(num_columns, num_rows, num_groups, symmetric):
@@ -40,3 +41,21 @@ def test_what_the_operator_refuses():
         ops.gptq_columns(w, factor[1:, 1:], *rest)
     with pytest.raises(ValueError, match="a block of 257 columns: 1 to 256 are taken"):
         ops.gptq_columns(w[:1].expand(257, 4), factor, *rest)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_gptq_on_a_gpu_is_gptq_on_a_cpu(group_size, ordered):
+    inputs = torch.randn(2000, 320, generator=torch.Generator().manual_seed(5)) @ torch.randn(320, 320).triu()
+    hessian, weight = inputs.T @ inputs / 2000, torch.randn(72, 320)
+    quantizer = GPTQ(group_size=group_size, activation_order=ordered)
+    expected, found = quantizer.quantize_weight(weight, hessian), quantizer.quantize_weight(*on_device(weight, hessian))
+    # A weight on the edge between two codes falls to either side, and takes those it is made up for by with it.
+    assert (found.codes.cpu() != expected.codes).float().mean() < 0.005
+    errors = [
+        relative_layer_error(weight, dequantize_weight(r.codes.cpu(), r.scale.cpu(), None), hessian)
+        for r in (expected, found)
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
