@@ -1,6 +1,7 @@
 """The kernels as PyTorch operators (namespace ``lit_actreg``): reference on a CPU, Triton on a GPU, shapes for compile.
 
-Every operator is a ``torch.library.custom_op``, so torch.compile takes it whole (fullgraph) and CUDA graphs capture it.
+Every operator but :func:`gptq_columns` is a ``torch.library.custom_op``, so torch.compile takes it whole (fullgraph)
+and CUDA graphs capture it.
 Which implementation runs depends on the tensors' device alone; a GPU older than sm_80 gets the reference and a warning.
 A mistake in the arguments raises a ValueError of one line, on every device and already while compiling.
 """
@@ -297,9 +298,15 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, posit
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]))
 
 
-def _check_columns(w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> None:
+def gptq_columns(
+    w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 and errors [C, N] of one block of GPTQ; see :func:`lit_actreg_kernels.reference.gptq_columns`.
+
+    float64 runs the reference on every device. A plain function: nobody compiles a quantizer, and the first call of a
+    custom operator takes seconds, because it loads the compiler.
+    """
     num_columns, num_rows = w.shape
-    _check(2 <= bits <= 8, f"weight bits {bits} is out of range: choose 2 to 8")
     _check(1 <= num_columns <= MAX_GPTQ_COLUMNS, f"a block of {num_columns} columns: 1 to {MAX_GPTQ_COLUMNS} are taken")
     _check(
         factor.shape == (num_columns, num_columns), f"factor has shape {list(factor.shape)}: w has {num_columns} rows"
@@ -311,24 +318,6 @@ def _check_columns(w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor,
         _check(tensor.dtype == w.dtype, f"w is {w.dtype}, another input {tensor.dtype}: cast it")
     for tensor in (factor, scale, zero_point, group):
         _check(tensor.device == w.device, f"w is on {w.device}, another input is not")
-
-
-@torch.library.custom_op("lit_actreg::gptq_columns", mutates_args=())
-def gptq_columns(
-    w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
-    """Codes int8 and errors [C, N] of one block of GPTQ; see :func:`lit_actreg_kernels.reference.gptq_columns`.
-
-    float64 runs the reference on every device.
-    """
-    _check_columns(w, factor, scale, zero_point, group, bits)
-    implementation = _implementation(w, "gptq_columns") if w.dtype == torch.float32 else reference
-    return implementation.gptq_columns(
-        w.contiguous(), factor.contiguous(), scale.contiguous(), zero_point.contiguous(), group.contiguous(), bits
-    )
-
-
-@gptq_columns.register_fake
-def _(w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    _check_columns(w, factor, scale, zero_point, group, bits)
-    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(w.shape)
+    function = (_implementation(w, "gptq_columns") if w.dtype == torch.float32 else reference).gptq_columns
+    tensors = (tensor.contiguous() for tensor in (w, factor, scale, zero_point, group))
+    return function(*tensors, bits)

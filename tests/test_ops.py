@@ -21,8 +21,6 @@ def samples():
     x, packed, weight_scale, weight_sums, bias = linear_arguments()
     codes = reference.quantize_activation(x, *GRID, 4)
     weight = torch.ones(32, device=DEVICE)
-    factor, group = torch.eye(4, device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    grids = (torch.ones(32, 1, device=DEVICE), torch.zeros(32, 1, device=DEVICE))  # one of every row
     return {
         "quantize_activation": (x, *GRID, 4),
         "quantize_activation_per_token": (x, 4),
@@ -30,7 +28,6 @@ def samples():
         "gelu_quantize": (x, *GRID, 4),
         "swiglu_quantize": (x, *GRID, 4),
         "int4_linear": (codes, packed, *GRID, weight_scale, weight_sums, bias, None, torch.bfloat16),
-        "gptq_columns": (x, factor, *grids, group, 4),
         "quantized_int4_linear": (x, packed, *GRID, 4, weight_scale, weight_sums, None, None),
     }
 
