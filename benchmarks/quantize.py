@@ -10,24 +10,32 @@ Weights are random: memory and time do not depend on their values. Peak memory i
 
 and stands beside the sums of the terms of :func:`lit_actreg.plan.memory_estimate`; on a CPU, where the device's terms
 lie in the same memory, beside the sum of all.
+
+Every stage is a line as soon as it ends, with the seconds since the program's start, so that one who runs out of time
+knows where it went. At last come the parts of one block's passes and of GPTQ, measured one by one after the job.
 """
 
 import argparse
 import contextlib
 import io
+import logging
 import resource
+import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from lit_actreg_plugins.gptq import GPTQ
+from lit_actreg_plugins.gptq import GPTQ, damped_factor
 from lit_actreg_plugins.rtn import RTN
 
-from lit_actreg.config import ModelConfig, QuantConfig
+from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.model import Decoder
-from lit_actreg.quantize import quantize_model
+from lit_actreg.quant.calibration import advance, embed_tokens, input_hessians
+from lit_actreg.quantize import StageClock, float_block, quantize_model
+
+logger = logging.getLogger("benchmark")
 
 SIZES = {  # the paper's block: 12 · layers · width² weights in linears, and the embedding
     "10m": (ModelConfig(num_layers=4, width=384, num_heads=6, context=2048), 8192),
@@ -42,6 +50,45 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
+def random_model(size: str, device: torch.device) -> Decoder:
+    """A model in host memory, with weights drawn on the device: a CPU takes long to draw a billion numbers."""
+    config, vocab_size = SIZES[size]
+    with device:
+        model = Decoder(config, QuantConfig(), vocab_size)
+    model = model.requires_grad_(False).cpu()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return model
+
+
+def parts_of_a_block(model: Decoder, quantizer: GPTQ, batches: list[torch.Tensor], device: torch.device) -> None:
+    """Prints what the stages of one block are made of, on all tokens."""
+    clock = StageClock(device)
+    block, hidden = float_block(model, 0, model.quant, device), embed_tokens(model, batches)
+    with clock("hidden states to the device and back"):
+        for x_BTD in hidden:
+            x_BTD.copy_(x_BTD.to(device, non_blocking=True), non_blocking=True)
+    with clock("advance"):
+        advance(block, hidden, device)
+    with clock("moments"):
+        hessians = input_hessians(block, "block", hidden, device)
+    for site in SITES:
+        with clock("factor"):
+            damped_factor(hessians[site].double(), quantizer.damping)
+        with clock("factor and columns"):
+            quantizer.quantize_weight(getattr(block, site).weight, hessians[site])
+    seconds, blocks = clock.seconds, len(model.blocks)
+    parts = {
+        "transfer": seconds["hidden states to the device and back"],
+        "forward": seconds["advance"] - seconds["hidden states to the device and back"],
+        "moments beyond a forward": seconds["moments"] - seconds["advance"],
+        "factor": seconds["factor"],
+        "columns": seconds["factor and columns"] - seconds["factor"],
+    }
+    print("parts of a block's stages, seconds:", ", ".join(f"{part} {value:.3f}" for part, value in parts.items()))
+    print(f"  times {blocks} blocks:", ", ".join(f"{part} {value * blocks:.1f}" for part, value in parts.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="100m")
@@ -53,23 +100,26 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(relativeCreated)7.0f ms  %(message)s")
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        torch.zeros((), device=device)  # the context is no part of the job
+    # What is loaded once, whatever is quantized: the GPU's context, the solver, the operators.
+    GPTQ().quantize_weight(torch.randn(8, 8, device=device), torch.eye(8, device=device))
+    logger.info("%s is ready", name)
 
     before = resident()
-    config, vocab_size = SIZES[options.size]
-    model = Decoder(config, QuantConfig(), vocab_size).requires_grad_(False)
+    model = random_model(options.size, device)
+    logger.info("model: %.0f M parameters in host memory", model.num_parameters() / 1e6)
     quantizer = GPTQ(4, options.group_size) if options.method == "GPTQ" else RTN(4, options.group_size)
     num_batches = max(1, options.tokens // (options.batch * options.context))
     generator = torch.Generator().manual_seed(0)
     shape = (num_batches, options.batch, options.context)
-    batches = list(torch.randint(vocab_size, shape, generator=generator))
+    batches = list(torch.randint(model.vocab_size, shape, generator=generator))
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         output = Path(folder) / "artifact"
         dry = quantize_model(model, quantizer, batches, output, device=device, dry_run=True)
+        logger.info("dry run: %.1f s expected; now the job", dry["expected_seconds"])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
@@ -92,9 +142,12 @@ def main() -> None:
         print(f"host:   estimate {(everything - on_device) / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB")
     else:
         print(f"memory: estimate {everything / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB")
-    rounding = sum(layer["seconds"] for layer in report["layers"])
-    print(f"seconds: dry run {dry['expected_seconds']:.1f}, loop {report['seconds']:.1f} (layers' rounding", end=" ")
-    print(f"{rounding:.1f}), all {seconds:.1f}")
+    print(f"seconds: dry run {dry['expected_seconds']:.1f}, loop {report['seconds']:.1f}, all {seconds:.1f}")
+    print(
+        "  of them", ", ".join(f"{stage} {value:.1f}" for stage, value in report["stage_seconds"].items()), flush=True
+    )
+    if isinstance(quantizer, GPTQ):
+        parts_of_a_block(model, quantizer, batches, device)
 
 
 if __name__ == "__main__":

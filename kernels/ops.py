@@ -1,6 +1,7 @@
 """The kernels as PyTorch operators (namespace ``lit_actreg``): reference on a CPU, Triton on a GPU, shapes for compile.
 
-Every operator is a ``torch.library.custom_op``, so torch.compile takes it whole (fullgraph) and CUDA graphs capture it.
+Every operator but :func:`gptq_columns` is a ``torch.library.custom_op``, so torch.compile takes it whole (fullgraph)
+and CUDA graphs capture it.
 Which implementation runs depends on the tensors' device alone; a GPU older than sm_80 gets the reference and a warning.
 A mistake in the arguments raises a ValueError of one line, on every device and already while compiling.
 """
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_COLUMNS = 131072  # the integer sum of 16-fold products stays below 2^31 up to here
+MAX_GPTQ_COLUMNS = 256  # a block's columns are held in registers
 MAX_NORM_COLUMNS = 65536  # a row of the fused norm is held in registers
 
 
@@ -294,3 +296,28 @@ def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values
 def _(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     _check_attention(qkv, cos, sin, keys, values, position)
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]))
+
+
+def gptq_columns(
+    w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 and errors [C, N] of one block of GPTQ; see :func:`lit_actreg_kernels.reference.gptq_columns`.
+
+    float64 runs the reference on every device. A plain function: nobody compiles a quantizer, and the first call of a
+    custom operator takes seconds, because it loads the compiler.
+    """
+    num_columns, num_rows = w.shape
+    _check(1 <= num_columns <= MAX_GPTQ_COLUMNS, f"a block of {num_columns} columns: 1 to {MAX_GPTQ_COLUMNS} are taken")
+    _check(
+        factor.shape == (num_columns, num_columns), f"factor has shape {list(factor.shape)}: w has {num_columns} rows"
+    )
+    _check(scale.shape == zero_point.shape, "scale and zero_point differ in shape")
+    _check(scale.shape[0] == num_rows, f"scale has {scale.shape[0]} rows: w has {num_rows} columns")
+    _check(group.shape == (num_columns,) and group.dtype == torch.int64, f"group must be int64 [{num_columns}]")
+    for tensor in (factor, scale, zero_point):
+        _check(tensor.dtype == w.dtype, f"w is {w.dtype}, another input {tensor.dtype}: cast it")
+    for tensor in (factor, scale, zero_point, group):
+        _check(tensor.device == w.device, f"w is on {w.device}, another input is not")
+    function = (_implementation(w, "gptq_columns") if w.dtype == torch.float32 else reference).gptq_columns
+    tensors = (tensor.contiguous() for tensor in (w, factor, scale, zero_point, group))
+    return function(*tensors, bits)

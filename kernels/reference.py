@@ -119,3 +119,24 @@ def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values
     grouped = num_heads != num_groups
     y = functional.scaled_dot_product_attention(rotate(q), keys, values, attn_mask=visible, enable_gqa=grouped)
     return y.to(qkv.dtype).reshape(num_batch, num_heads * width)
+
+
+def gptq_columns(
+    w: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's loop over C columns of a weight: codes int8 [C, N], and the errors e [C, N] for later columns to make up.
+
+        q_i = round to the grid of w_i        e_i = (w_i − ŵ_i) / U_ii        w_j ← w_j − e_i · U_ij   for all j > i
+
+    w [C, N] is transposed, a column of the weight a row; factor U [C, C] upper triangular; the grid of column i is
+    column ``group[i]`` (int64 [C]) of scale and zero point [N, G]. All are of one dtype.
+    """
+    w = w.clone()
+    codes, errors = torch.empty_like(w, dtype=torch.int8), torch.empty_like(w)
+    for i, g in enumerate(group.tolist()):
+        s, z = scale[:, g], zero_point[:, g]
+        codes[i] = grid.quantize(w[i], s, z, bits)
+        errors[i] = (w[i] - grid.dequantize(codes[i], s, z)) / factor[i, i]
+        # a product with one inner element: addr_ is as quick on one thread, and slow where several must wait
+        w[i + 1 :].addmm_(factor[i, i + 1 :, None], errors[i : i + 1], alpha=-1)
+    return codes, errors

@@ -33,13 +33,13 @@ WeightFormat = Literal["auto", "int-quantized", "pack-quantized", "gptq_v2"]
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
     """Codes int8 [N, K] of 4 or 8 bits → int32 [N, ⌈K·bits/32⌉], first code in the lowest bits, rows zero-padded."""
-    per_word = 32 // bits
-    unsigned = codes.to(torch.int32) - code_range(bits)[0]
-    unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word))
-    words = torch.zeros(unsigned.shape[:2], dtype=torch.int32)
-    for place in range(per_word):  # one place at a time: no temporary is larger than the codes
-        words |= unsigned[..., place] << (place * bits)
-    return words
+    offset = 1 << (bits - 1)  # in two's complement, adding it is turning the sign bit
+    unsigned = (codes.view(torch.uint8) ^ offset) & (2 * offset - 1)
+    unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % (32 // bits))).contiguous()
+    if bits == 4:  # the two bytes of an int16 are two codes, the first below the second
+        pairs = unsigned.view(torch.int16)
+        unsigned = (pairs | (pairs >> 4)).to(torch.uint8)
+    return unsigned.view(torch.int32)
 
 
 def unpack_int32(packed: Tensor, bits: int, num_columns: int) -> Tensor:

@@ -11,11 +11,13 @@ Memory: the model, one block and its moments and factors on the device, and the 
 states the terms (:func:`lit_actreg.plan.memory_estimate`).
 """
 
+import logging
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,26 @@ from lit_actreg.quant.weight_grid import dequantize_weight, relative_layer_error
 from lit_actreg.report import print_report
 from lit_actreg.resume import WorkFolder, fingerprint
 
+logger = logging.getLogger(__name__)
+
+
+class StageClock:
+    """Seconds of every stage of a job, added up. A GPU is waited for when a stage ends, so that each pays its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        spent = time.perf_counter() - started
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+        logger.info("%s: %.2f s", stage, spent)
+
 
 def float_block(model: Decoder, index: int, quant: QuantConfig, device: torch.device) -> Block:
     """A float32 copy of one block on the device, free of hooks, compilation and whatever training set on the model."""
@@ -52,7 +74,7 @@ def float_block(model: Decoder, index: int, quant: QuantConfig, device: torch.de
 def _quantize_layer(
     linear: QuantLinear, name: str, quantizer: Quantizer, hessian: Tensor | None
 ) -> tuple[QuantizedWeight, dict[str, Any]]:
-    """Codes of one linear, whose weight becomes Ŵ in place, and its line of the report."""
+    """Codes of one linear, and its line of the report."""
     started = time.perf_counter()
     weight = linear.weight.data
     try:
@@ -71,26 +93,27 @@ def _quantize_layer(
         line["rtn_error"] = relative_layer_error(weight, rtn_weight, hessian)
     line |= result.notes
     line["seconds"] = round(time.perf_counter() - started, 3)
-    linear.weight.data = dequantized
     return result, line
 
 
 def _quantize_block(
-    block: Block, index: int, quantizer: Quantizer, hidden: list[Tensor], device: torch.device
+    block: Block, index: int, quantizer: Quantizer, hidden: list[Tensor], device: torch.device, clock: StageClock
 ) -> tuple[dict[Site, QuantizedWeight], list[dict[str, Any]]]:
-    """Codes and report lines of a block's four linears; the block's weights become Ŵ in place."""
+    """Codes and report lines of a block's four linears."""
     weights, layers = {}, []
     hessians: dict[Site, Tensor] = {}
     if quantizer.needs_hessian:
-        hessians = input_hessians(block, f"blocks.{index}", hidden, device)
-    for site in SITES:
-        linear = getattr(block, site)
-        weights[site], line = _quantize_layer(linear, f"blocks.{index}.{site}", quantizer, hessians.pop(site, None))
-        inputs = linear.input_quantizer
-        line |= {"activations": inputs.mode, "activation_bits": inputs.bits if inputs.mode != "none" else None}
-        if inputs.mode == "static":
-            line |= {"clip_low": inputs.low.item(), "clip_high": inputs.high.item()}
-        layers.append(line)
+        with clock("moments"):
+            hessians = input_hessians(block, f"blocks.{index}", hidden, device)
+    with clock("rounding"):
+        for site in SITES:
+            linear = getattr(block, site)
+            weights[site], line = _quantize_layer(linear, f"blocks.{index}.{site}", quantizer, hessians.pop(site, None))
+            inputs = linear.input_quantizer
+            line |= {"activations": inputs.mode, "activation_bits": inputs.bits if inputs.mode != "none" else None}
+            if inputs.mode == "static":
+                line |= {"clip_low": inputs.low.item(), "clip_high": inputs.high.item()}
+            layers.append(line)
     return weights, layers
 
 
@@ -99,35 +122,29 @@ def estimate_seconds(
 ) -> float:
     """Expected seconds of the loop over blocks, from its first block done for real on one batch.
 
-        blocks · (t_quantize + (tokens / tokens of the batch) · (t_moments + t_advance))
+        blocks · (t_rounding + (tokens / tokens of the batch) · (t_moments + t_advance))
 
-    Nothing is assumed of the machine. What is left out is reading the checkpoint and writing the artifact.
+    Nothing is assumed of the machine. What is left out is reading the checkpoint, writing the artifact, and what is
+    done once: libraries wake up, kernels are compiled.
     """
-
-    def seconds(work: Callable[[], Any]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
+    clock = StageClock(device)
     block = float_block(model, 0, quant, device)
     hidden = embed_tokens(model, batches[:1])
     hessians: dict[Site, Tensor] = {}
-    passes = 0.0
-    if quantizer.needs_hessian:
-        hessians = input_hessians(block, "blocks.0", hidden, device)  # once for the libraries to wake up
-        passes += seconds(lambda: input_hessians(block, "blocks.0", hidden, device))
-    if hidden:
-        passes += seconds(lambda: advance(block, hidden, device))
-    _quantize_layer(block.attn_proj, "blocks.0.attn_proj", quantizer, hessians.get("attn_proj"))
-    rounding = seconds(
-        lambda: [_quantize_layer(getattr(block, s), f"blocks.0.{s}", quantizer, hessians.get(s)) for s in SITES]
-    )
+    for stage in ("first use", "moments"):
+        with clock(stage):
+            if quantizer.needs_hessian:
+                hessians = input_hessians(block, "blocks.0", hidden, device)
+    for stage in ("first use", "advance"):
+        with clock(stage):
+            advance(block, hidden, device)
+    for stage, sites in (("first use", ("attn_proj",)), ("rounding", SITES)):
+        with clock(stage):
+            for site in sites:
+                _quantize_layer(getattr(block, site), f"blocks.0.{site}", quantizer, hessians.get(site))
     num_batches = sum(ids.numel() for ids in batches) / batches[0].numel() if batches else 0.0
-    return len(model.blocks) * (rounding + num_batches * passes)
+    passes = clock.seconds["moments"] + clock.seconds["advance"]
+    return len(model.blocks) * (clock.seconds["rounding"] + num_batches * passes)
 
 
 def quantize_model(
@@ -197,41 +214,52 @@ def quantize_model(
         print_report(report)
         return report
 
-    started = time.perf_counter()
-    job = fingerprint(model, quant, {**options, "round_zero_point": round_zero_point, "calibrate": calibrate}, batches)
+    started, clock = time.perf_counter(), StageClock(device)
+    with clock("fingerprint"):
+        settings = {**options, "round_zero_point": round_zero_point, "calibrate": calibrate}
+        job = fingerprint(model, quant, settings, batches)
     work = WorkFolder(output.with_name(f"{output.name}.work"), job, overwrite)
-    hidden = embed_tokens(model, batches)
+    with clock("embedding"):
+        hidden = embed_tokens(model, batches)
     linears: list[dict[Site, QuantizedLinear]] = []
     lines: list[dict[str, Any]] = []
     for index in tqdm(range(len(model.blocks)), desc="quantize", unit="block", file=sys.stdout):
-        block = float_block(model, index, quant, device)
+        with clock("block to device"):
+            block = float_block(model, index, quant, device)
         if calibrate is not None:
-            calibrate_clips(block, hidden[0], calibrate, device)
+            with clock("clips"):
+                calibrate_clips(block, hidden[0], calibrate, device)
         finished = work.load(index, quantizer.bits)
         if finished is None:
-            weights, block_lines = _quantize_block(block, index, quantizer, hidden, device)
-            work.save(index, weights, block_lines)
+            weights, block_lines = _quantize_block(block, index, quantizer, hidden, device, clock)
+            with clock("save"):
+                work.save(index, weights, block_lines)
         else:
             weights, block_lines = finished
         made: dict[Site, QuantizedLinear] = {}
-        for site, weight in weights.items():
-            linear = getattr(block, site)
-            bias = None if linear.bias is None else linear.bias.data
-            made[site] = QuantizedLinear.from_input_quantizer(weight, bias, linear.input_quantizer).cpu()
-            linear.weight.data = made[site].dequantized_weight().to(device)
+        with clock("replace weights"):
+            for site, weight in weights.items():
+                linear = getattr(block, site)
+                bias = None if linear.bias is None else linear.bias.data
+                quantized = QuantizedLinear.from_input_quantizer(weight, bias, linear.input_quantizer).to(device)
+                linear.weight.data = quantized.dequantized_weight()
+                made[site] = quantized.cpu()
         if index + 1 < len(model.blocks):
-            advance(block, hidden, device)
+            with clock("advance"):
+                advance(block, hidden, device)
         linears.append(made)
         lines += [{**planned, **line} for planned, line in zip(layers[4 * index :], block_lines, strict=False)]
     report["layers"] = lines
     report["fallbacks"] = [line["layer"] for line in lines if "fallback" in line]
     report["worse_than_rtn"] = [line["layer"] for line in lines if line.get("error", 0) > line.get("rtn_error", 0)]
     report["seconds"] = round(time.perf_counter() - started, 3)
+    report["stage_seconds"] = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
     del hidden
     state = model.state_dict()
     outside = {name: t.detach() for name, t in state.items() if not any(f".{site}." in name for site in SITES)}
     artifact = Artifact(model.config, quant, model.vocab_size, outside, linears, report, options)
-    write_artifact(output, artifact, tokenizer, format, overwrite)
+    with clock("artifact"):
+        write_artifact(output, artifact, tokenizer, format, overwrite)
     shutil.rmtree(work.path)
     print_report(report)
     return report

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,23 @@ from lit_actreg.model import Decoder
 
 
 def fingerprint(model: Decoder, quant: QuantConfig, quantizer: dict[str, Any], calibration: Sequence[Tensor]) -> str:
-    """A hash of all that decides the codes: weights, options, calibration tokens."""
-    digest = hashlib.sha256(json.dumps([asdict(model.config), asdict(quant), quantizer], sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    for ids in calibration:
-        digest.update(str(tuple(ids.shape)).encode())
-        digest.update(ids.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+    """A hash of all that decides the codes: weights, options, calibration tokens.
+
+    Tensors are hashed on several threads: one takes 4 s for the 4 GB of 1 B parameters.
+    """
+
+    def hashed(name: str, tensor: Tensor) -> bytes:
+        digest = hashlib.sha256(f"{name} {tuple(tensor.shape)}".encode())
+        tensor = tensor.detach().float() if tensor.is_floating_point() else tensor
+        digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.digest()
+
+    options = json.dumps([asdict(model.config), asdict(quant), quantizer], sort_keys=True)
+    named = sorted(model.state_dict().items())
+    named += [(f"batch {index}", ids) for index, ids in enumerate(calibration)]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        parts = pool.map(lambda pair: hashed(*pair), named)
+        return hashlib.sha256(options.encode() + b"".join(parts)).hexdigest()
 
 
 class WorkFolder:

@@ -14,8 +14,9 @@ one Cholesky and one triangular inverse. They run in float64: on Hessians of a s
 U to 2e-5 with damping 0.01 (condition 5e3) but only to 1e-3 with 1e-4 (4e5), and saves little (K = 2048 on two CPU
 cores: 0.16 against 0.21 s). The rounding of columns runs in the weight's dtype.
 
-Blocks: updates within ``block_size`` columns are made at once; those of all later columns wait for the end of the
-block and are one matrix product (the paper's lazy batch updates, same result).
+Blocks: updates within ``block_size`` columns are made column by column, on a GPU by one kernel
+(:mod:`lit_actreg_kernels.gptq_columns`); those of all later columns wait for the end of the block and are one matrix
+product (the paper's lazy batch updates, same result).
 
 Groups: without ``activation_order`` a group's grid is chosen when its first column is reached, from the weights as
 updated so far. With it, columns are visited by falling diag H, so grids are chosen before (static groups), and the
@@ -27,7 +28,7 @@ and after that the layer is rounded to nearest ("fallback").
 """
 
 import torch
-from lit_actreg_kernels import grid
+from lit_actreg_kernels import ops
 from torch import Tensor
 
 from lit_actreg.contracts import QuantizedWeight, Quantizer
@@ -70,7 +71,7 @@ class GPTQ(Quantizer):
             error.
         activation_order: Visit columns by falling mean square of their input instead of left to right.
         damping: λ added to the diagonal of the Hessian, relative to its mean.
-        block_size: Columns whose updates are made at once; changes speed, not results.
+        block_size: Columns whose updates are made at once, 1-256; changes speed, not results.
     """
 
     needs_hessian = True
@@ -90,8 +91,9 @@ class GPTQ(Quantizer):
             raise ValueError(f'scale_search "{scale_search}" is unknown: choose "minmax" or "mse"')
         if not 0 <= damping <= 1:
             raise ValueError(f"damping {damping} is out of range: choose 0 to 1, 0.01 as a rule")
-        if block_size < 1:
-            raise ValueError(f"block_size {block_size} is not positive: choose 128 as a rule")
+        if not 1 <= block_size <= ops.MAX_GPTQ_COLUMNS:
+            limit = ops.MAX_GPTQ_COLUMNS
+            raise ValueError(f"block_size {block_size} is out of range: choose 1 to {limit}, 128 as a rule")
         self.scale_search: ScaleSearch = scale_search
         self.activation_order, self.damping, self.block_size = activation_order, damping, block_size
 
@@ -130,25 +132,24 @@ class GPTQ(Quantizer):
         scale, zero_point = weight_grid(
             weight.unflatten(1, (groups, width)), self.bits, self.symmetric, self.scale_search
         )
-        # Where grids are chosen on the way, a block must not end within a group: its tail would not be up to date.
-        block_size = self.block_size if static_groups else max(self.block_size // width, 1) * width
         w_KN = weight.t()[order].contiguous()
         codes_KN = torch.empty_like(w_KN, dtype=torch.int8)
-        group_of = (order // width).tolist()
-        for start in range(0, num_columns, block_size):
-            end = min(start + block_size, num_columns)
-            errors = torch.empty_like(w_KN[start:end])
-            for i in range(start, end):
-                group = group_of[i]
-                if not static_groups and i % width == 0:
-                    group_N1C = w_KN[i : i + width].t().unsqueeze(1)
+        group_K, start = order // width, 0
+        while start < num_columns:
+            end = min(start + self.block_size, num_columns)
+            if not static_groups:  # a block lies within a group, whose grid is chosen when it is reached
+                group = start // width
+                end = min(end, (group + 1) * width)
+                if start % width == 0:
+                    group_N1C = w_KN[start : start + width].t().unsqueeze(1)
                     s, z = weight_grid(group_N1C, self.bits, self.symmetric, self.scale_search)
                     scale[:, group], zero_point[:, group] = s[:, 0], z[:, 0]
-                s, z = scale[:, group], zero_point[:, group]
-                codes_KN[i] = grid.quantize(w_KN[i], s, z, self.bits)
-                errors[i - start] = (w_KN[i] - grid.dequantize(codes_KN[i], s, z)) / factor_KK[i, i]
-                w_KN[i + 1 : end].addr_(factor_KK[i, i + 1 : end], errors[i - start], alpha=-1)
-            w_KN[end:].addmm_(factor_KK[start:end, end:].t(), errors, alpha=-1)
+            block = slice(start, end)
+            codes_KN[block], errors_CN = ops.gptq_columns(
+                w_KN[block], factor_KK[block, block], scale, zero_point, group_K[block], self.bits
+            )
+            w_KN[end:].addmm_(factor_KK[block, end:].t(), errors_CN, alpha=-1)
+            start = end
         codes = torch.empty_like(codes_KN)
         codes[order] = codes_KN
         z_int8 = None if self.symmetric else zero_point.to(torch.int8)

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from lit_actreg_kernels import grid
 from lit_actreg_plugins.gptq import GPTQ, inverse_factor
 from lit_actreg_plugins.rtn import RTN
 from small_models import correlated_inputs
 
 from lit_actreg.quant.weight_grid import dequantize_weight, relative_layer_error, weight_grid
+
+SCALE, ZERO_POINT = torch.tensor(0.4137), torch.tensor(-1.0)  # TF32 cannot hold the scale
 
 
 def optimal_brain_surgery(weight, hessian, bits, symmetric, group_size, search, ordered, damping):
@@ -73,6 +76,22 @@ def test_layer_error_is_below_rtns(bits, group_size, search):
     assert errors[0] < errors[1]
 
 
+def test_hessians_of_tf32_inputs_are_as_good_as_float64_ones():
+    """On a GPU calibration multiplies in TF32: inputs rounded to 11 bits, here by hand, sums in float32."""
+    inputs = correlated_inputs(2048, 128).float()
+    inputs = grid.dequantize(grid.quantize(inputs / inputs.std(), SCALE, ZERO_POINT, 4), SCALE, ZERO_POINT)
+    rounded = ((inputs.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    exact = inputs.double().T @ inputs.double() / 2048
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(4))
+    results = [GPTQ().quantize_weight(weight, h) for h in (exact.float(), rounded.T @ rounded / 2048)]
+    errors = [
+        relative_layer_error(weight.double(), dequantize_weight(r.codes, r.scale, None).double(), exact)
+        for r in results
+    ]
+    assert (results[0].codes != results[1].codes).float().mean() < 0.005
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
 def test_relative_layer_error_is_that_of_the_outputs():
     inputs, weight = correlated_inputs(100, 12), torch.randn(5, 12, dtype=torch.float64)
     rounded = weight.round()
@@ -124,7 +143,8 @@ def test_all_inputs_dead():
     ("make", "line"),
     [
         (lambda: GPTQ(damping=2), "damping 2 is out of range"),
-        (lambda: GPTQ(block_size=0), "block_size 0 is not positive"),
+        (lambda: GPTQ(block_size=0), "block_size 0 is out of range"),
+        (lambda: GPTQ(block_size=512), "choose 1 to 256, 128 as a rule"),
         (lambda: GPTQ().quantize_weight(torch.ones(2, 2), torch.full((2, 2), torch.nan)), "the Hessian has NaN"),
         (lambda: GPTQ().quantize_weight(torch.full((2, 2), torch.inf), torch.eye(2)), "the weight has NaN or infinite"),
         (lambda: GPTQ(group_size=4).quantize_weight(torch.ones(2, 6), torch.eye(6)), "group_size 4 does not divide"),

@@ -18,7 +18,8 @@ hidden states.
 
 Everything is float32: K × K products of a batch's inputs, summed over batches. On a GPU the factors of products are
 rounded to TF32 (11 bits), which makes them several times faster: an input on a per-tensor grid is a small integer times
-the scale, and an error of 2⁻¹² is far below the damping of 1e-2 and the rounding to 4 bits that it serves.
+the scale, and an error of 2⁻¹² is far below the damping of 1e-2 and the rounding to 4 bits that it serves. It costs,
+emulated against float64 (tests/test_gptq.py): 0.1 % of the codes differ, and less than 1e-4 of the layer's error.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,10 +78,12 @@ def _observed(block: Block, device: torch.device) -> Iterator[dict[Site, InputMo
 @torch.no_grad()
 def embed_tokens(model: Decoder, batches: Iterable[Tensor]) -> list[Tensor]:
     """Hidden states before the first block: a host tensor float32 [B, T, D] for every batch of ids [B, T]."""
-    device = model.embedding.weight.device
-    hidden = [model.embedding(ids.to(device)).float().cpu() for ids in batches]
-    # Every block reads all of them twice and writes them once: page-locked memory is several times faster to copy.
-    return [x_BTD.pin_memory() for x_BTD in hidden] if torch.cuda.is_available() else hidden
+    device, hidden = model.embedding.weight.device, []
+    for ids in batches:
+        x_BTD = model.embedding(ids.to(device)).float().cpu()
+        # Every block reads them twice and writes them once: page-locked memory is several times faster to copy.
+        hidden.append(x_BTD.pin_memory() if torch.cuda.is_available() else x_BTD)
+    return hidden
 
 
 @contextmanager
@@ -144,4 +147,6 @@ def input_hessians(block: Block, name: str, hidden: Sequence[Tensor], device: to
 def advance(block: Block, hidden: list[Tensor], device: torch.device) -> None:
     """Replaces the hidden states by the block's outputs, batch by batch, in place."""
     for x_BTD in hidden:
-        x_BTD.copy_(_run(block, x_BTD, device))
+        x_BTD.copy_(_run(block, x_BTD, device), non_blocking=True)  # the next batch need not wait for it
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
