@@ -47,8 +47,10 @@ def test_equals_optimal_brain_surgery_in_float64(symmetric, group_size, ordered,
     inputs = correlated_inputs(200, 24)
     hessian = inputs.T @ inputs / len(inputs)
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = optimal_brain_surgery(weight, hessian, 4, symmetric, group_size, "minmax", ordered, 0.01)
-    quantizer = GPTQ(4, group_size, symmetric, "minmax", ordered, 0.01, block_size)
+    # A symmetric min-max grid puts its lowest weight on the edge between two codes, where the last bit decides.
+    search = "mse" if symmetric else "minmax"
+    expected = optimal_brain_surgery(weight, hessian, 4, symmetric, group_size, search, ordered, 0.01)
+    quantizer = GPTQ(4, group_size, symmetric, search, ordered, 0.01, block_size)
     result = quantizer.quantize_weight(weight, hessian)
     found = dequantize_weight(result.codes, result.scale, result.zero_point)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -20,6 +20,7 @@ def problem(num_columns, num_rows, num_groups, symmetric):
     weight = torch.randn(num_columns, num_rows, generator=generator)
     scale, zero_point = weight_grid(weight.T.unflatten(1, (num_groups, -1)), 4, symmetric, "minmax")
     group = torch.randint(num_groups, (num_columns,), generator=generator)
+    scale = 1.01 * scale  # a symmetric min-max grid has its lowest weight on the edge between two codes
     return weight, factor[2 : 2 + num_columns, 2 : 2 + num_columns].contiguous(), scale, zero_point, group, 4
 
 
@@ -56,8 +57,9 @@ def test_gptq_on_a_gpu_is_gptq_on_a_cpu(group_size, ordered):
     hessian, weight = inputs.T @ inputs / 2000, torch.randn(72, 320, generator=generator)
     quantizer = GPTQ(group_size=group_size, activation_order=ordered)
     expected, found = quantizer.quantize_weight(weight, hessian), quantizer.quantize_weight(*on_device(weight, hessian))
-    # A weight on the edge between two codes falls to either side, and takes those it is made up for by with it.
-    assert (found.codes.cpu() != expected.codes).float().mean() < 0.005
+    # The factor's last bits differ. A weight on the edge between two codes then falls to the other side, and the rest
+    # of its row, which makes up for it, takes another path.
+    assert (found.codes.cpu() == expected.codes).all(1).float().mean() > 0.9
     errors = [
         relative_layer_error(weight, dequantize_weight(r.codes.cpu(), r.scale.cpu(), None), hessian)
         for r in (expected, found)
