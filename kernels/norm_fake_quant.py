@@ -18,7 +18,7 @@ autocast). Statistics as in :mod:`.norm_quant`; K ≤ 65,536, all float dtypes b
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through
+from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.norm_quant import normalize
 from torch import Tensor
@@ -40,7 +40,7 @@ def _forward_kernel(
     x_hat_ptr,
     statistics_ptr,
     K,
-    eps,
+    EPS: tl.constexpr,  # not an argument: torch.compile passes those as float64, and the row would follow
     RMS: tl.constexpr,
     HAS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -57,7 +57,7 @@ def _forward_kernel(
     if HAS_Y:
         x = (x.to(tl.float32) + tl.load(y_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(new_ptr + row * K + k, x, mask=inside)
-    value, mean, factor = normalize(x.to(tl.float32), inside, K, eps, RMS)
+    value, mean, factor = normalize(x.to(tl.float32), inside, K, EPS, RMS)
     value = value * tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)
@@ -167,7 +167,7 @@ def norm_fake_quantize(
     if x.numel():
         q_min, q_max = code_range(bits)
         block = triton.next_power_of_2(num_columns)
-        _forward_kernel[(num_rows,)](
+        visible(_forward_kernel)[(num_rows,)](
             x,
             y,
             weight,
@@ -221,7 +221,7 @@ def norm_fake_quantize_backward(
     parameters = new.new_empty((2, programs, num_columns), dtype=torch.float32)
     clips = new.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
-    _backward_kernel[(programs,)](
+    visible(_backward_kernel)[(programs,)](
         g,
         d_new,
         new,

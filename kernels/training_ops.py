@@ -5,10 +5,15 @@
     norm_fake_quantize        x → x̂ of norm(x), gate
     add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′)
 
-Each is a ``torch.library.custom_op`` whose backward is one too, so torch.compile takes both whole, and activation
-checkpointing, DDP and FSDP2 see ordinary operators. Triton on a GPU (sm_80 or later), :mod:`.training_reference`
+Each is a ``torch.library.triton_op`` whose backward is one too: eager PyTorch, activation checkpointing, DDP and FSDP2
+see ordinary operators, torch.compile sees through them to the kernels, and launches these from the code it generates
+(called as an operator, each would cost some 40 µs of Python, more than the kernel itself takes on a small model). The
+body of an operator says its shapes to the compiler, too. Triton on a GPU (sm_80 or later), :mod:`.training_reference`
 elsewhere; float64 runs on the reference alone, on a CPU. Sums over tokens leave a backward as partial sums, one a
 program, and are added here, where the compiler fuses the additions.
+
+Who edits a kernel of a backward pass clears the compiler's cache (``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``): its key
+does not know the kernels behind an operator.
 
 The *gate* of ``norm_fake_quantize`` is how the gradient of the residual connection gets into the norm's backward pass,
 where adding it costs one read; added outside, it costs two reads and a write of the whole stream. It is a zero in the
@@ -64,19 +69,6 @@ def _check_activation(h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: i
         raise ValueError(f"h has {h.shape[-1]} columns: SwiGLU takes a gate and an up half, an even number")
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _empty_partial(x: Tensor, module: str, *shape: int) -> Tensor:
-    """What the partial sums look like, for the compiler."""
-    return x.new_empty((2, _implementation(x, module).num_programs(x.device), *shape), dtype=_wide_dtype(x))
-
-
-def _empty_statistics(x: Tensor) -> Tensor:
-    return x.new_empty((2, x.numel() // max(1, x.shape[-1])), dtype=_wide_dtype(x))
-
-
 def _clip_gradients(ctx: Any, partial: Tensor) -> tuple[Tensor, Tensor]:
     """dc⁻ and dc⁺ [1], in the clips' dtypes, from partial sums [2, programs]."""
     low, high = partial.sum(1, keepdim=True).unbind()
@@ -86,32 +78,19 @@ def _clip_gradients(ctx: Any, partial: Tensor) -> tuple[Tensor, Tensor]:
 # x → x̂
 
 
-@torch.library.custom_op("lit_actreg::fake_quantize", mutates_args=())
+@torch.library.triton_op("lit_actreg::fake_quantize", mutates_args=())
 def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
     """x̂ of x [...], in its dtype."""
     _check(x, low, high, bits)
     return _implementation(x, "fake_quant").fake_quantize(x.contiguous(), low, high, bits, integer_zero_point)
 
 
-@fake_quantize.register_fake
-def _(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
-    _check(x, low, high, bits)
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("lit_actreg::fake_quantize_backward", mutates_args=())
+@torch.library.triton_op("lit_actreg::fake_quantize_backward", mutates_args=())
 def _fake_quantize_backward(
     g: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
 ) -> tuple[Tensor, Tensor]:
     function = _implementation(x, "fake_quant").fake_quantize_backward
     return function(g.contiguous(), x.contiguous(), low, high, bits, integer_zero_point, masked)
-
-
-@_fake_quantize_backward.register_fake
-def _(
-    g: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _empty_partial(x, "fake_quant")
 
 
 def _keep_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,7 +110,7 @@ fake_quantize.register_autograd(_backward_of_fake_quantize, setup_context=_keep_
 # The MLP's activation: h → x̂
 
 
-@torch.library.custom_op("lit_actreg::activation_fake_quantize", mutates_args=())
+@torch.library.triton_op("lit_actreg::activation_fake_quantize", mutates_args=())
 def _activation_fake_quantize(
     h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
 ) -> Tensor:
@@ -140,25 +119,12 @@ def _activation_fake_quantize(
     return function(h.contiguous(), low, high, gated, bits, integer_zero_point)
 
 
-@_activation_fake_quantize.register_fake
-def _(h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
-    _check_activation(h, low, high, gated, bits)
-    return h.new_empty((*h.shape[:-1], h.shape[-1] // 2 if gated else h.shape[-1]))
-
-
-@torch.library.custom_op("lit_actreg::activation_fake_quantize_backward", mutates_args=())
+@torch.library.triton_op("lit_actreg::activation_fake_quantize_backward", mutates_args=())
 def _activation_backward(
     g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
 ) -> tuple[Tensor, Tensor]:
     function = _implementation(h, "gelu_fake_quant").activation_fake_quantize_backward
     return function(g.contiguous(), h.contiguous(), low, high, gated, bits, integer_zero_point, masked)
-
-
-@_activation_backward.register_fake
-def _(
-    g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
-) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape), _empty_partial(h, "gelu_fake_quant")
 
 
 def _backward_of_activation(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,7 +152,7 @@ def swiglu_fake_quantize(
 # The norms: x → x̂, gate; and x, y → x′, x̂
 
 
-@torch.library.custom_op("lit_actreg::norm_fake_quantize", mutates_args=())
+@torch.library.triton_op("lit_actreg::norm_fake_quantize", mutates_args=())
 def _norm_fake_quantize(
     x: Tensor,
     weight: Tensor,
@@ -209,27 +175,7 @@ def _norm_fake_quantize(
     return x_hat, x.new_zeros(()).expand(x.shape), statistics
 
 
-@_norm_fake_quantize.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    eps: float,
-    rms: bool,
-    bits: int,
-    integer_zero_point: bool,
-    masked: bool,
-    value_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, low, high, bits)
-    _check_norm(x, None, weight, bias, rms)
-    return x.new_empty(x.shape, dtype=out_dtype), x.new_zeros(()).expand(x.shape), _empty_statistics(x)
-
-
-@torch.library.custom_op("lit_actreg::add_norm_fake_quantize", mutates_args=())
+@torch.library.triton_op("lit_actreg::add_norm_fake_quantize", mutates_args=())
 def _add_norm_fake_quantize(
     x: Tensor,
     gate: Tensor | None,
@@ -254,29 +200,7 @@ def _add_norm_fake_quantize(
     )
 
 
-@_add_norm_fake_quantize.register_fake
-def _(
-    x: Tensor,
-    gate: Tensor | None,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    eps: float,
-    rms: bool,
-    bits: int,
-    integer_zero_point: bool,
-    masked: bool,
-    value_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, low, high, bits)
-    _check_norm(x, y, weight, bias, rms)
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), _empty_statistics(x)
-
-
-@torch.library.custom_op("lit_actreg::norm_fake_quantize_backward", mutates_args=())
+@torch.library.triton_op("lit_actreg::norm_fake_quantize_backward", mutates_args=())
 def _norm_backward(
     g: Tensor,
     d_new: Tensor,
@@ -296,28 +220,6 @@ def _norm_backward(
     function, rest = _implementation(new, "norm_fake_quant").norm_fake_quantize_backward, (statistics, weight, bias)
     options = (rms, bits, integer_zero_point, masked, value_dtype, y_dtype)
     return function(g.contiguous(), d_new.contiguous(), new.contiguous(), *rest, low, high, *options)
-
-
-@_norm_backward.register_fake
-def _(
-    g: Tensor,
-    d_new: Tensor,
-    new: Tensor,
-    statistics: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    rms: bool,
-    bits: int,
-    integer_zero_point: bool,
-    masked: bool,
-    value_dtype: torch.dtype,
-    y_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy = new.new_empty(0) if y_dtype is None else new.new_empty(new.shape, dtype=y_dtype)
-    partial = (_empty_partial(new, "norm_fake_quant", *new.shape[-1:]), _empty_partial(new, "norm_fake_quant"))
-    return new.new_empty(new.shape), dy, *partial
 
 
 def _keep_norm(ctx: Any, new: Tensor, statistics: Tensor, parameters: tuple[Any, ...], y_dtype: Any) -> None:
