@@ -59,7 +59,7 @@ test-slow: .venv/installed-dev  ## the tests that take minutes
 test-gpu:  ## kernel tests and those that need a GPU, in the environment at hand
 	$(PYTHON) -m pytest tests/test_act_quant.py tests/test_norm_quant.py tests/test_gelu_quant.py tests/test_int4_linear.py tests/test_int4_gemv.py tests/test_int4_hopper.py tests/test_int4_tile.py tests/test_ops.py tests/test_fake_quant.py \
 	  tests/test_decode_attention.py tests/test_int4_block.py tests/test_generate.py \
-	  tests/test_fake_quant_kernel.py tests/test_norm_fake_quant.py tests/test_gelu_fake_quant.py tests/test_training_ops.py
+	  tests/test_fake_quant_kernel.py tests/test_norm_fake_quant.py tests/test_gelu_fake_quant.py tests/test_kurtosis_kernel.py tests/test_training_ops.py
 
 bench:  ## the W4A4 linear and a 1 B W4A4 model against bf16 on this GPU, in the environment at hand
 	$(PYTHON) benchmarks/int4_linear.py

@@ -35,10 +35,12 @@ from lit_actreg.parallel import compile_blocks
 from lit_actreg.quant.clips import initial_clips
 from lit_actreg.quant.linear import QuantLinear
 from lit_actreg.quant.observe import observe_inputs
-from lit_actreg.quant.statistics import token_kurtosis
+from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
 
 STEPS = 4
-KURTOSIS, KURTOSIS_WEIGHT = LossTerm(partial(token_kurtosis, every_nth_token=4)), 1e-5  # as the callback has them
+# as the callback has them
+KURTOSIS = LossTerm(partial(token_kurtosis, every_nth_token=4), tap=partial(tap_token_kurtosis, every_nth_token=4))
+KURTOSIS_WEIGHT = 1e-5
 # Blocks, width, heads, tied embeddings, vocabulary, sequences, context; batches that fit 80 GB in every variant
 SIZES = {
     "tiny": (2, 32, 2, True, 300, 2, 16),

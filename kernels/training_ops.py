@@ -5,6 +5,10 @@
     norm_fake_quantize        x → x̂ of norm(x), gate
     add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′)
 
+and, not about quantization but as near to the linears:
+
+    token_kurtosis            y → y, κ̄
+
 Each is a ``torch.library.triton_op`` whose backward is one too: eager PyTorch, activation checkpointing, DDP and FSDP2
 see ordinary operators, torch.compile sees through them to the kernels, and launches these from the code it generates
 (called as an operator, each would cost some 40 µs of Python, more than the kernel itself takes on a small model). The
@@ -281,3 +285,50 @@ def add_norm_fake_quantize(x: Tensor, gate: Tensor | None, y: Tensor, *arguments
     """
     new, x_hat, _ = _add_norm_fake_quantize(x, gate, y, *arguments)
     return new, x_hat
+
+
+# Kurtosis of a linear's output: y → y, κ̄
+
+
+@torch.library.triton_op("lit_actreg::token_kurtosis", mutates_args=())
+def _token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return _implementation(y, "kurtosis").token_kurtosis(y.contiguous(), first, step, eps, keep)
+
+
+@torch.library.triton_op("lit_actreg::add_kurtosis_gradient", mutates_args=())
+def _add_kurtosis_gradient(
+    g: Tensor, y: Tensor, d_kappa: Tensor, first: int, step: int, eps: float, kept: bool
+) -> Tensor:
+    """A copy of g with the gradient added; a compiler sees that nobody else wants g, and leaves the copy out."""
+    g = g.clone(memory_format=torch.contiguous_format)
+    _implementation(y, "kurtosis").add_kurtosis_gradient(g, y.contiguous(), d_kappa, first, step, eps, kept)
+    return g
+
+
+class _TokenKurtosis(torch.autograd.Function):
+    """An operator must not return its argument; an autograd function may, if as a view."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, keep: bool, *options: Any) -> tuple[Tensor, Tensor]:
+        kappa, rows = _token_kurtosis(y, *options, keep)
+        ctx.save_for_backward(rows if keep else y)
+        ctx.options = (*options, keep)
+        return y.view_as(y), kappa.mean()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, d_kappa: Tensor) -> tuple[Tensor | None, ...]:
+        return _add_kurtosis_gradient(g, *ctx.saved_tensors, d_kappa, *ctx.options), None, None, None, None
+
+
+def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """y [..., T, N] itself, and κ̄, the mean kurtosis of its tokens first, first + step, … (:mod:`.kurtosis`): scalar.
+
+    Who goes on with the y returned sends its gradient by here, where the gradient of κ̄ is added to it: that costs the
+    rows looked at, while a gradient of y that autograd adds costs three passes over all of y.
+
+    Args:
+        keep: Whether to copy the rows looked at for the backward pass, rather than keep y alive.
+    """
+    if y.dtype not in FLOAT_DTYPES and (y.dtype != torch.float64 or y.is_cuda):
+        raise ValueError(f"y is {y.dtype}: cast it to float32, bfloat16 or float16")
+    return _TokenKurtosis.apply(y, keep, first, step, eps)  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lit_actreg_kernels import ops
 from torch import Tensor, nn
 
-from lit_actreg.config import SITES, ModelConfig, QuantConfig
+from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
 from lit_actreg.contracts import LossTerm
 from lit_actreg.quant.fused import gelu_linear, norm_linear, swiglu_linear
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
@@ -89,15 +89,25 @@ class Block(nn.Module):
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor]:
         # norm → quantize → linear, activation → quantize → linear; the gate carries the residual's gradient (fused.py)
+        statistics: dict[tuple[int, Site], Tensor] = {}
         x_BTD, gate, qkv = norm_linear(self.norm_1, self.qkv, x_BTD)
-        attended = self.attn_proj(self.attend(qkv, cos, sin, cache))
+        attended = self.attn_proj(self.attend(self.look_at("qkv", qkv, statistics), cos, sin, cache))
+        attended = self.look_at("attn_proj", attended, statistics)
         x_BTD, _, hidden = norm_linear(self.norm_2, self.mlp_in, x_BTD, attended, gate)
         activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
-        outputs = {"qkv": qkv, "attn_proj": attended, "mlp_in": hidden}
-        outputs["mlp_proj"] = activation_linear(self.mlp_proj, hidden)
-        x_BTD = x_BTD + outputs["mlp_proj"]
-        statistics = [term.statistic(outputs[site]) for term in self.loss_terms for site in term.sites]
-        return x_BTD, torch.stack(statistics) if statistics else x_BTD.new_zeros(0, dtype=torch.float32)
+        y = activation_linear(self.mlp_proj, self.look_at("mlp_in", hidden, statistics))
+        x_BTD = x_BTD + self.look_at("mlp_proj", y, statistics)
+        if not self.loss_terms:
+            return x_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
+        return x_BTD, torch.stack([statistics[i, site] for i, t in enumerate(self.loss_terms) for site in t.sites])
+
+    def look_at(self, site: Site, y: Tensor, statistics: dict[tuple[int, Site], Tensor]) -> Tensor:
+        """Notes the loss terms' statistics of a linear's output; returns the y to go on with."""
+        kept = site in ("qkv", "mlp_in")  # by attention and by the activation; a residual addition keeps nothing
+        for i, term in enumerate(self.loss_terms):
+            if site in term.sites:
+                y, statistics[i, site] = term.look_at(y, kept)
+        return y
 
 
 class Decoder(nn.Module):
