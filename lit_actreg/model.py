@@ -32,9 +32,9 @@ def rotary_angles(num_tokens: int, head_width: int, theta: float, device: torch.
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotary positions to x [B, H, T, E]."""
+    """Applies rotary positions to x [B, T, H, E]; cos and sin [T, E]."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
 class LayerCache(NamedTuple):
@@ -77,9 +77,11 @@ class Block(nn.Module):
         num_batch, num_tokens, _ = qkv.shape
         if cache is not None and num_tokens == 1:
             return ops.decode_attention(qkv[:, 0], cos, sin, *cache)[:, None]
-        heads = qkv.view(num_batch, num_tokens, c.num_heads + 2 * c.kv_heads, c.head_width).transpose(1, 2)
-        q, k, v = heads.split([c.num_heads, c.kv_heads, c.kv_heads], dim=1)
+        # All stays in the order [B, T, H, E]; attention takes views, and lays its output out as it finds q: no copies.
+        heads = qkv.view(num_batch, num_tokens, c.num_heads + 2 * c.kv_heads, c.head_width)
+        q, k, v = heads.split([c.num_heads, c.kv_heads, c.kv_heads], dim=2)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             cache.keys[:, :, :num_tokens], cache.values[:, :, :num_tokens] = k, v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.kv_heads != c.num_heads)
