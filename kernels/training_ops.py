@@ -208,7 +208,8 @@ def _add_norm_fake_quantize(
 def _norm_backward(
     g: Tensor,
     d_new: Tensor,
-    new: Tensor,
+    x: Tensor,
+    y: Tensor | None,
     statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -219,18 +220,19 @@ def _norm_backward(
     integer_zero_point: bool,
     masked: bool,
     value_dtype: torch.dtype,
-    y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    function, rest = _implementation(new, "norm_fake_quant").norm_fake_quantize_backward, (statistics, weight, bias)
-    options = (rms, bits, integer_zero_point, masked, value_dtype, y_dtype)
-    return function(g.contiguous(), d_new.contiguous(), new.contiguous(), *rest, low, high, *options)
+    function, y = (
+        _implementation(x, "norm_fake_quant").norm_fake_quantize_backward,
+        None if y is None else y.contiguous(),
+    )
+    rest = (statistics, weight, bias, low, high, rms, bits, integer_zero_point, masked, value_dtype)
+    return function(g.contiguous(), d_new.contiguous(), x.contiguous(), y, *rest)
 
 
-def _keep_norm(ctx: Any, new: Tensor, statistics: Tensor, parameters: tuple[Any, ...], y_dtype: Any) -> None:
-    weight, bias, low, high, _, *options, _ = parameters
-    ctx.clip_dtype, ctx.weight_dtype = low.dtype, weight.dtype
-    ctx.has_bias, ctx.options = bias is not None, (*options, y_dtype)
-    ctx.save_for_backward(new, statistics, weight, bias, low, high)
+def _keep_norm(ctx: Any, x: Tensor, y: Tensor | None, statistics: Tensor, parameters: tuple[Any, ...]) -> None:
+    weight, bias, low, high, _, *ctx.options, _ = parameters
+    ctx.clip_dtype, ctx.weight_dtype, ctx.has_bias = low.dtype, weight.dtype, bias is not None
+    ctx.save_for_backward(x, y, statistics, weight, bias, low, high)
 
 
 def _parameter_gradients(ctx: Any, g: Tensor, d_new: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
@@ -242,7 +244,7 @@ def _parameter_gradients(ctx: Any, g: Tensor, d_new: Tensor) -> tuple[Tensor, Te
 
 
 def _keep_norm_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep_norm(ctx, inputs[0], output[2], inputs[1:], None)
+    _keep_norm(ctx, inputs[0], None, output[2], inputs[1:])
 
 
 def _backward_of_norm(ctx: Any, g: Tensor, d_gate: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -254,9 +256,9 @@ _norm_fake_quantize.register_autograd(_backward_of_norm, setup_context=_keep_nor
 
 
 def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, gate, y, *parameters = inputs
+    x, gate, y, *parameters = inputs
     ctx.has_gate = gate is not None
-    _keep_norm(ctx, output[0], output[2], tuple(parameters), y.dtype)
+    _keep_norm(ctx, x, y, output[2], tuple(parameters))
 
 
 def _backward_of_add_norm(ctx: Any, d_new: Tensor, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -111,7 +111,8 @@ def norm_fake_quantize(
 def norm_fake_quantize_backward(
     g: Tensor,
     d_new: Tensor,
-    new: Tensor,
+    x: Tensor,
+    y: Tensor | None,
     statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -122,9 +123,9 @@ def norm_fake_quantize_backward(
     integer_zero_point: bool,
     masked: bool,
     value_dtype: torch.dtype,
-    y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in the dtype of x′, dy in ``y_dtype`` (empty without); dw and db [2, 1, K]; dc⁻, dc⁺ [2, 1]."""
+    """dx in the dtype of x, dy in that of y (empty without); dw and db [2, 1, K]; dc⁻, dc⁺ [2, 1]."""
+    new = x if y is None else (_wide(x) + _wide(y)).to(x.dtype)
     mean, factor = statistics.view(2, *new.shape[:-1], 1)
     normed = (_wide(new) - mean) * factor
     value = normed * _wide(weight)
@@ -136,8 +137,8 @@ def norm_fake_quantize_backward(
     if not rms:
         dx = dx - weighted.mean(-1, keepdim=True)
     dx = dx * factor + _wide(d_new)
-    dy = new.new_empty(0) if y_dtype is None else dx.to(y_dtype, copy=True)
-    return dx.to(new.dtype), dy, parameters, clips
+    dy = x.new_empty(0) if y is None else dx.to(y.dtype, copy=True)
+    return dx.to(x.dtype), dy, parameters, clips
 
 
 def _moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
 from lit_actreg.contracts import LossTerm
-from lit_actreg.quant.fused import gelu_linear, norm_linear, swiglu_linear
+from lit_actreg.quant.fused import fuses, gelu_linear, norm_linear, swiglu_linear
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
 
 
@@ -105,7 +105,8 @@ class Block(nn.Module):
 
     def look_at(self, site: Site, y: Tensor, statistics: dict[tuple[int, Site], Tensor]) -> Tensor:
         """Notes the loss terms' statistics of a linear's output; returns the y to go on with."""
-        kept = site in ("qkv", "mlp_in")  # by attention and by the activation; a residual addition keeps nothing
+        # By attention, by the activation, and by the fused addition and norm; a plain addition keeps nothing.
+        kept = site in ("qkv", "mlp_in") or (site == "attn_proj" and fuses(self.mlp_in, y))
         for i, term in enumerate(self.loss_terms):
             if site in term.sites:
                 y, statistics[i, site] = term.look_at(y, kept)
