@@ -56,10 +56,11 @@ test: .venv/installed-dev  ## the tests, without a GPU
 test-slow: .venv/installed-dev  ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
+GPU_TESTS := act_quant norm_quant gelu_quant int4_linear int4_gemv int4_hopper int4_tile norm_int4_linear \
+  decode_attention int4_block generate ops gptq_columns gptq fake_quant fake_quant_kernel norm_fake_quant \
+  gelu_fake_quant kurtosis_kernel training_ops
 test-gpu:  ## kernel tests and those that need a GPU, in the environment at hand
-	$(PYTHON) -m pytest tests/test_act_quant.py tests/test_norm_quant.py tests/test_gelu_quant.py tests/test_int4_linear.py tests/test_int4_gemv.py tests/test_int4_hopper.py tests/test_int4_tile.py tests/test_ops.py tests/test_fake_quant.py \
-	  tests/test_decode_attention.py tests/test_int4_block.py tests/test_generate.py \
-	  tests/test_gptq_columns.py tests/test_fake_quant_kernel.py tests/test_norm_fake_quant.py tests/test_gelu_fake_quant.py tests/test_training_ops.py
+	$(PYTHON) -m pytest $(GPU_TESTS:%=tests/test_%.py)
 
 bench:  ## the W4A4 linear and a 1 B W4A4 model against bf16 on this GPU, in the environment at hand
 	$(PYTHON) benchmarks/int4_linear.py

@@ -19,6 +19,7 @@ x, g contiguous, float32, bfloat16 or float16; clips float [1], read on the devi
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -26,6 +27,7 @@ import triton.language as tl
 from lit_actreg_kernels.act_quant import grid_of_interval, round_half_even, to_grid
 from lit_actreg_kernels.grid import code_range
 from torch import Tensor
+from torch.library import wrap_triton
 
 _FORWARD_BLOCK = 2048
 _BACKWARD_BLOCK = 1024  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
@@ -114,6 +116,11 @@ def store_clip_sums(clips_ptr, sum_low, sum_high):
     tl.store(clips_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(sum_high, 0))
 
 
+def visible(kernel: Any) -> Any:
+    """A kernel to launch so that torch.compile sees it; the interpreter's, which it never meets, as it is."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
 @functools.cache
 def programs_for(device: torch.device, per_processor: int) -> int:
     """How many programs share the tiles of a backward pass: as many as run at once, whatever the shape."""
@@ -131,7 +138,7 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_
     if x.numel():
         q_min, q_max = code_range(bits)
         programs = (triton.cdiv(x.numel(), _FORWARD_BLOCK),)
-        _forward_kernel[programs](
+        visible(_forward_kernel)[programs](
             x, x_hat, low, high, x.numel(), q_min, q_max, integer_zero_point, BLOCK=_FORWARD_BLOCK, num_warps=4
         )
     return x_hat
@@ -145,7 +152,7 @@ def fake_quantize_backward(
     programs = num_programs(x.device)
     clips = x.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
-    _backward_kernel[(programs,)](
+    visible(_backward_kernel)[(programs,)](
         g,
         x,
         dx,

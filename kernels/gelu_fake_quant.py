@@ -17,7 +17,7 @@ h contiguous [..., H] or, gated, [..., 2H]; clips [1]. Partial sums as in :mod:`
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through
+from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.gelu_quant import gelu, swiglu
 from lit_actreg_kernels.grid import code_range
 from torch import Tensor
@@ -133,7 +133,7 @@ def activation_fake_quantize(
     if x_hat.numel():
         rows, width = _rows(h, gated)
         q_min, q_max = code_range(bits)
-        _forward_kernel[(rows * triton.cdiv(width, _BLOCK),)](
+        visible(_forward_kernel)[(rows * triton.cdiv(width, _BLOCK),)](
             h, x_hat, low, high, width, gated, q_min, q_max, integer_zero_point, BLOCK=_BLOCK, num_warps=4
         )
     return x_hat
@@ -148,7 +148,7 @@ def activation_fake_quantize_backward(
     programs = num_programs(h.device)
     clips = h.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
-    _backward_kernel[(programs,)](
+    visible(_backward_kernel)[(programs,)](
         g,
         h,
         dh,

@@ -2,14 +2,15 @@
 
     x′ = x + y        n = (x′ − μ) / √(σ² + ε)        v = n · w + b        x̂ = fake quantization of v
 
-(RMSNorm: μ = 0, no b.) The backward pass reads x′, the gradient g of x̂ and the gradient d′ that x′ gets from elsewhere
-(the residual connection), computes n and v again from the saved μ and 1/σ, and writes the whole gradient of x and y:
+(RMSNorm: μ = 0, no b.) The backward pass reads x and y, the gradient g of x̂ and the gradient d′ that x′ gets from
+elsewhere (the residual connection), computes x′, n and v again with the saved μ and 1/σ, and writes the whole gradient
+of x and y. (x is in memory for the norm before; a bfloat16 y beside it takes half as much as x′ would.)
 
     dv, dc⁻, dc⁺ from g (:mod:`.fake_quant`)        dw = Σ_rows dv · n        db = Σ_rows dv
     dx = d′ + (dv·w − mean(dv·w) − n · mean(dv·w·n)) / σ        (RMSNorm without the first mean)
 
 A fixed number of programs walks over the rows and keeps its share of dw and db in registers; PyTorch adds the shares,
-so sums are deterministic. Bytes an element, with a float32 stream and bfloat16 y, x̂: 12 forward, 16 backward.
+so sums are deterministic. Bytes an element, with a float32 stream and bfloat16 y, x̂: 12 forward, 18 backward.
 
 v is rounded to ``value_dtype`` before it meets the grid: to what the norm alone would have written (float32 under
 autocast). Statistics as in :mod:`.norm_quant`; K ≤ 65,536, all float dtypes but float64, tensors contiguous.
@@ -18,7 +19,7 @@ autocast). Statistics as in :mod:`.norm_quant`; K ≤ 65,536, all float dtypes b
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through
+from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.norm_quant import normalize
 from torch import Tensor
@@ -40,7 +41,7 @@ def _forward_kernel(
     x_hat_ptr,
     statistics_ptr,
     K,
-    eps,
+    EPS: tl.constexpr,  # not an argument: torch.compile passes those as float64, and the row would follow
     RMS: tl.constexpr,
     HAS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -57,7 +58,7 @@ def _forward_kernel(
     if HAS_Y:
         x = (x.to(tl.float32) + tl.load(y_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(new_ptr + row * K + k, x, mask=inside)
-    value, mean, factor = normalize(x.to(tl.float32), inside, K, eps, RMS)
+    value, mean, factor = normalize(x.to(tl.float32), inside, K, EPS, RMS)
     value = value * tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)
@@ -72,7 +73,8 @@ def _forward_kernel(
 def _backward_kernel(
     g_ptr,
     d_new_ptr,
-    new_ptr,
+    x_ptr,
+    y_ptr,
     statistics_ptr,
     weight_ptr,
     bias_ptr,
@@ -105,7 +107,10 @@ def _backward_kernel(
     sum_weight, sum_bias = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     for index in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(index, tl.int64)
-        x = tl.load(new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * K + k, mask=inside, other=0.0)
+        if HAS_Y:
+            x = (x.to(tl.float32) + tl.load(y_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+        x = x.to(tl.float32)
         g = tl.load(g_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)  # zero in the padding, as dv then is
         d_new = tl.load(d_new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
         factor = tl.load(statistics_ptr + num_rows + row)
@@ -167,7 +172,7 @@ def norm_fake_quantize(
     if x.numel():
         q_min, q_max = code_range(bits)
         block = triton.next_power_of_2(num_columns)
-        _forward_kernel[(num_rows,)](
+        visible(_forward_kernel)[(num_rows,)](
             x,
             y,
             weight,
@@ -195,7 +200,8 @@ def norm_fake_quantize(
 def norm_fake_quantize_backward(
     g: Tensor,
     d_new: Tensor,
-    new: Tensor,
+    x: Tensor,
+    y: Tensor | None,
     statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -206,25 +212,25 @@ def norm_fake_quantize_backward(
     integer_zero_point: bool,
     masked: bool,
     value_dtype: torch.dtype,
-    y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in the dtype of x′, dy in ``y_dtype`` (empty without), and partial sums.
+    """dx in the dtype of x, dy in that of y (empty without), and partial sums.
 
     These are dw and db, float32 [2, programs, K], and dc⁻ and dc⁺, float32 [2, programs].
     """
-    num_columns = new.shape[-1]
-    num_rows = new.numel() // max(1, num_columns)
-    dx = torch.empty_like(new)
-    dy = new.new_empty(0) if y_dtype is None else torch.empty_like(new, dtype=y_dtype)
+    num_columns = x.shape[-1]
+    num_rows = x.numel() // max(1, num_columns)
+    dx = torch.empty_like(x)
+    dy = x.new_empty(0) if y is None else torch.empty_like(y)
     block = triton.next_power_of_2(num_columns)
-    programs = num_programs(new.device)
-    parameters = new.new_empty((2, programs, num_columns), dtype=torch.float32)
-    clips = new.new_empty((2, programs), dtype=torch.float32)
+    programs = num_programs(x.device)
+    parameters = x.new_empty((2, programs, num_columns), dtype=torch.float32)
+    clips = x.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
-    _backward_kernel[(programs,)](
+    visible(_backward_kernel)[(programs,)](
         g,
         d_new,
-        new,
+        x,
+        y,
         statistics,
         weight,
         bias,
@@ -237,7 +243,7 @@ def norm_fake_quantize_backward(
         num_rows,
         num_columns,
         RMS=rms,
-        HAS_Y=y_dtype is not None,
+        HAS_Y=y is not None,
         HAS_BIAS=bias is not None,
         VALUE_DTYPE=_DTYPES[value_dtype],
         Q_MIN=q_min,

@@ -5,10 +5,19 @@
     norm_fake_quantize        x → x̂ of norm(x), gate
     add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′)
 
-Each is a ``torch.library.custom_op`` whose backward is one too, so torch.compile takes both whole, and activation
-checkpointing, DDP and FSDP2 see ordinary operators. Triton on a GPU (sm_80 or later), :mod:`.training_reference`
+and, not about quantization but as near to the linears:
+
+    token_kurtosis            y → y, κ̄
+
+Each is a ``torch.library.triton_op`` whose backward is one too: eager PyTorch, activation checkpointing, DDP and FSDP2
+see ordinary operators, torch.compile sees through them to the kernels, and launches these from the code it generates
+(called as an operator, each would cost some 40 µs of Python, more than the kernel itself takes on a small model). The
+body of an operator says its shapes to the compiler, too. Triton on a GPU (sm_80 or later), :mod:`.training_reference`
 elsewhere; float64 runs on the reference alone, on a CPU. Sums over tokens leave a backward as partial sums, one a
 program, and are added here, where the compiler fuses the additions.
+
+Who edits a kernel of a backward pass clears the compiler's cache (``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``): its key
+does not know the kernels behind an operator.
 
 The *gate* of ``norm_fake_quantize`` is how the gradient of the residual connection gets into the norm's backward pass,
 where adding it costs one read; added outside, it costs two reads and a write of the whole stream. It is a zero in the
@@ -64,19 +73,6 @@ def _check_activation(h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: i
         raise ValueError(f"h has {h.shape[-1]} columns: SwiGLU takes a gate and an up half, an even number")
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _empty_partial(x: Tensor, module: str, *shape: int) -> Tensor:
-    """What the partial sums look like, for the compiler."""
-    return x.new_empty((2, _implementation(x, module).num_programs(x.device), *shape), dtype=_wide_dtype(x))
-
-
-def _empty_statistics(x: Tensor) -> Tensor:
-    return x.new_empty((2, x.numel() // max(1, x.shape[-1])), dtype=_wide_dtype(x))
-
-
 def _clip_gradients(ctx: Any, partial: Tensor) -> tuple[Tensor, Tensor]:
     """dc⁻ and dc⁺ [1], in the clips' dtypes, from partial sums [2, programs]."""
     low, high = partial.sum(1, keepdim=True).unbind()
@@ -86,32 +82,19 @@ def _clip_gradients(ctx: Any, partial: Tensor) -> tuple[Tensor, Tensor]:
 # x → x̂
 
 
-@torch.library.custom_op("lit_actreg::fake_quantize", mutates_args=())
+@torch.library.triton_op("lit_actreg::fake_quantize", mutates_args=())
 def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
     """x̂ of x [...], in its dtype."""
     _check(x, low, high, bits)
     return _implementation(x, "fake_quant").fake_quantize(x.contiguous(), low, high, bits, integer_zero_point)
 
 
-@fake_quantize.register_fake
-def _(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
-    _check(x, low, high, bits)
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("lit_actreg::fake_quantize_backward", mutates_args=())
+@torch.library.triton_op("lit_actreg::fake_quantize_backward", mutates_args=())
 def _fake_quantize_backward(
     g: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
 ) -> tuple[Tensor, Tensor]:
     function = _implementation(x, "fake_quant").fake_quantize_backward
     return function(g.contiguous(), x.contiguous(), low, high, bits, integer_zero_point, masked)
-
-
-@_fake_quantize_backward.register_fake
-def _(
-    g: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _empty_partial(x, "fake_quant")
 
 
 def _keep_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,7 +114,7 @@ fake_quantize.register_autograd(_backward_of_fake_quantize, setup_context=_keep_
 # The MLP's activation: h → x̂
 
 
-@torch.library.custom_op("lit_actreg::activation_fake_quantize", mutates_args=())
+@torch.library.triton_op("lit_actreg::activation_fake_quantize", mutates_args=())
 def _activation_fake_quantize(
     h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
 ) -> Tensor:
@@ -140,25 +123,12 @@ def _activation_fake_quantize(
     return function(h.contiguous(), low, high, gated, bits, integer_zero_point)
 
 
-@_activation_fake_quantize.register_fake
-def _(h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
-    _check_activation(h, low, high, gated, bits)
-    return h.new_empty((*h.shape[:-1], h.shape[-1] // 2 if gated else h.shape[-1]))
-
-
-@torch.library.custom_op("lit_actreg::activation_fake_quantize_backward", mutates_args=())
+@torch.library.triton_op("lit_actreg::activation_fake_quantize_backward", mutates_args=())
 def _activation_backward(
     g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
 ) -> tuple[Tensor, Tensor]:
     function = _implementation(h, "gelu_fake_quant").activation_fake_quantize_backward
     return function(g.contiguous(), h.contiguous(), low, high, gated, bits, integer_zero_point, masked)
-
-
-@_activation_backward.register_fake
-def _(
-    g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
-) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape), _empty_partial(h, "gelu_fake_quant")
 
 
 def _backward_of_activation(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,7 +156,7 @@ def swiglu_fake_quantize(
 # The norms: x → x̂, gate; and x, y → x′, x̂
 
 
-@torch.library.custom_op("lit_actreg::norm_fake_quantize", mutates_args=())
+@torch.library.triton_op("lit_actreg::norm_fake_quantize", mutates_args=())
 def _norm_fake_quantize(
     x: Tensor,
     weight: Tensor,
@@ -209,27 +179,7 @@ def _norm_fake_quantize(
     return x_hat, x.new_zeros(()).expand(x.shape), statistics
 
 
-@_norm_fake_quantize.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    eps: float,
-    rms: bool,
-    bits: int,
-    integer_zero_point: bool,
-    masked: bool,
-    value_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, low, high, bits)
-    _check_norm(x, None, weight, bias, rms)
-    return x.new_empty(x.shape, dtype=out_dtype), x.new_zeros(()).expand(x.shape), _empty_statistics(x)
-
-
-@torch.library.custom_op("lit_actreg::add_norm_fake_quantize", mutates_args=())
+@torch.library.triton_op("lit_actreg::add_norm_fake_quantize", mutates_args=())
 def _add_norm_fake_quantize(
     x: Tensor,
     gate: Tensor | None,
@@ -254,33 +204,12 @@ def _add_norm_fake_quantize(
     )
 
 
-@_add_norm_fake_quantize.register_fake
-def _(
-    x: Tensor,
-    gate: Tensor | None,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    eps: float,
-    rms: bool,
-    bits: int,
-    integer_zero_point: bool,
-    masked: bool,
-    value_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, low, high, bits)
-    _check_norm(x, y, weight, bias, rms)
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), _empty_statistics(x)
-
-
-@torch.library.custom_op("lit_actreg::norm_fake_quantize_backward", mutates_args=())
+@torch.library.triton_op("lit_actreg::norm_fake_quantize_backward", mutates_args=())
 def _norm_backward(
     g: Tensor,
     d_new: Tensor,
-    new: Tensor,
+    x: Tensor,
+    y: Tensor | None,
     statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -291,40 +220,19 @@ def _norm_backward(
     integer_zero_point: bool,
     masked: bool,
     value_dtype: torch.dtype,
-    y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    function, rest = _implementation(new, "norm_fake_quant").norm_fake_quantize_backward, (statistics, weight, bias)
-    options = (rms, bits, integer_zero_point, masked, value_dtype, y_dtype)
-    return function(g.contiguous(), d_new.contiguous(), new.contiguous(), *rest, low, high, *options)
+    function, y = (
+        _implementation(x, "norm_fake_quant").norm_fake_quantize_backward,
+        None if y is None else y.contiguous(),
+    )
+    rest = (statistics, weight, bias, low, high, rms, bits, integer_zero_point, masked, value_dtype)
+    return function(g.contiguous(), d_new.contiguous(), x.contiguous(), y, *rest)
 
 
-@_norm_backward.register_fake
-def _(
-    g: Tensor,
-    d_new: Tensor,
-    new: Tensor,
-    statistics: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    rms: bool,
-    bits: int,
-    integer_zero_point: bool,
-    masked: bool,
-    value_dtype: torch.dtype,
-    y_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy = new.new_empty(0) if y_dtype is None else new.new_empty(new.shape, dtype=y_dtype)
-    partial = (_empty_partial(new, "norm_fake_quant", *new.shape[-1:]), _empty_partial(new, "norm_fake_quant"))
-    return new.new_empty(new.shape), dy, *partial
-
-
-def _keep_norm(ctx: Any, new: Tensor, statistics: Tensor, parameters: tuple[Any, ...], y_dtype: Any) -> None:
-    weight, bias, low, high, _, *options, _ = parameters
-    ctx.clip_dtype, ctx.weight_dtype = low.dtype, weight.dtype
-    ctx.has_bias, ctx.options = bias is not None, (*options, y_dtype)
-    ctx.save_for_backward(new, statistics, weight, bias, low, high)
+def _keep_norm(ctx: Any, x: Tensor, y: Tensor | None, statistics: Tensor, parameters: tuple[Any, ...]) -> None:
+    weight, bias, low, high, _, *ctx.options, _ = parameters
+    ctx.clip_dtype, ctx.weight_dtype, ctx.has_bias = low.dtype, weight.dtype, bias is not None
+    ctx.save_for_backward(x, y, statistics, weight, bias, low, high)
 
 
 def _parameter_gradients(ctx: Any, g: Tensor, d_new: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
@@ -336,7 +244,7 @@ def _parameter_gradients(ctx: Any, g: Tensor, d_new: Tensor) -> tuple[Tensor, Te
 
 
 def _keep_norm_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep_norm(ctx, inputs[0], output[2], inputs[1:], None)
+    _keep_norm(ctx, inputs[0], None, output[2], inputs[1:])
 
 
 def _backward_of_norm(ctx: Any, g: Tensor, d_gate: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -348,9 +256,9 @@ _norm_fake_quantize.register_autograd(_backward_of_norm, setup_context=_keep_nor
 
 
 def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, gate, y, *parameters = inputs
+    x, gate, y, *parameters = inputs
     ctx.has_gate = gate is not None
-    _keep_norm(ctx, output[0], output[2], tuple(parameters), y.dtype)
+    _keep_norm(ctx, x, y, output[2], tuple(parameters))
 
 
 def _backward_of_add_norm(ctx: Any, d_new: Tensor, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -379,3 +287,50 @@ def add_norm_fake_quantize(x: Tensor, gate: Tensor | None, y: Tensor, *arguments
     """
     new, x_hat, _ = _add_norm_fake_quantize(x, gate, y, *arguments)
     return new, x_hat
+
+
+# Kurtosis of a linear's output: y → y, κ̄
+
+
+@torch.library.triton_op("lit_actreg::token_kurtosis", mutates_args=())
+def _token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return _implementation(y, "kurtosis").token_kurtosis(y.contiguous(), first, step, eps, keep)
+
+
+@torch.library.triton_op("lit_actreg::add_kurtosis_gradient", mutates_args=())
+def _add_kurtosis_gradient(
+    g: Tensor, y: Tensor, d_kappa: Tensor, first: int, step: int, eps: float, kept: bool
+) -> Tensor:
+    """A copy of g with the gradient added; a compiler sees that nobody else wants g, and leaves the copy out."""
+    g = g.clone(memory_format=torch.contiguous_format)
+    _implementation(y, "kurtosis").add_kurtosis_gradient(g, y.contiguous(), d_kappa, first, step, eps, kept)
+    return g
+
+
+class _TokenKurtosis(torch.autograd.Function):
+    """An operator must not return its argument; an autograd function may, if as a view."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, keep: bool, *options: Any) -> tuple[Tensor, Tensor]:
+        kappa, rows = _token_kurtosis(y, *options, keep)
+        ctx.save_for_backward(rows if keep else y)
+        ctx.options = (*options, keep)
+        return y.view_as(y), kappa.mean()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, d_kappa: Tensor) -> tuple[Tensor | None, ...]:
+        return _add_kurtosis_gradient(g, *ctx.saved_tensors, d_kappa, *ctx.options), None, None, None, None
+
+
+def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """y [..., T, N] itself, and κ̄, the mean kurtosis of its tokens first, first + step, … (:mod:`.kurtosis`): scalar.
+
+    Who goes on with the y returned sends its gradient by here, where the gradient of κ̄ is added to it: that costs the
+    rows looked at, while a gradient of y that autograd adds costs three passes over all of y.
+
+    Args:
+        keep: Whether to copy the rows looked at for the backward pass, rather than keep y alive.
+    """
+    if y.dtype not in FLOAT_DTYPES and (y.dtype != torch.float64 or y.is_cuda):
+        raise ValueError(f"y is {y.dtype}: cast it to float32, bfloat16 or float16")
+    return _TokenKurtosis.apply(y, keep, first, step, eps)  # type: ignore[no-any-return]

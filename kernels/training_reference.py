@@ -1,7 +1,8 @@
 """Plain PyTorch ground truth of the fused training operators, gradients written out: what a CPU runs, in any precision.
 
-The functions mirror those of :mod:`.fake_quant`, :mod:`.gelu_fake_quant` and :mod:`.norm_fake_quant`, where the
-formulas stand; here the partial sums have one program. Arithmetic is float32, or float64 for float64 inputs.
+The functions mirror those of :mod:`.fake_quant`, :mod:`.gelu_fake_quant`, :mod:`.norm_fake_quant` and
+:mod:`.kurtosis`, where the formulas stand; here the partial sums have one program. Arithmetic is float32, or float64
+for float64 inputs.
 """
 
 import math
@@ -110,7 +111,8 @@ def norm_fake_quantize(
 def norm_fake_quantize_backward(
     g: Tensor,
     d_new: Tensor,
-    new: Tensor,
+    x: Tensor,
+    y: Tensor | None,
     statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -121,9 +123,9 @@ def norm_fake_quantize_backward(
     integer_zero_point: bool,
     masked: bool,
     value_dtype: torch.dtype,
-    y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in the dtype of x′, dy in ``y_dtype`` (empty without); dw and db [2, 1, K]; dc⁻, dc⁺ [2, 1]."""
+    """dx in the dtype of x, dy in that of y (empty without); dw and db [2, 1, K]; dc⁻, dc⁺ [2, 1]."""
+    new = x if y is None else (_wide(x) + _wide(y)).to(x.dtype)
     mean, factor = statistics.view(2, *new.shape[:-1], 1)
     normed = (_wide(new) - mean) * factor
     value = normed * _wide(weight)
@@ -135,5 +137,28 @@ def norm_fake_quantize_backward(
     if not rms:
         dx = dx - weighted.mean(-1, keepdim=True)
     dx = dx * factor + _wide(d_new)
-    dy = new.new_empty(0) if y_dtype is None else dx.to(y_dtype, copy=True)
-    return dx.to(new.dtype), dy, parameters, clips
+    dy = x.new_empty(0) if y is None else dx.to(y.dtype, copy=True)
+    return dx.to(x.dtype), dy, parameters, clips
+
+
+def _moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c = _wide(y) - _wide(y).mean(-1, keepdim=True)
+    squares = c * c
+    v, m3, m4 = (power.mean(-1, keepdim=True) for power in (squares, squares * c, squares * squares))
+    return c, v, m3, m4
+
+
+def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """κ of the tokens looked at [R], and if ``keep`` their rows [R, N] (else empty)."""
+    rows = y[..., first::step, :].flatten(0, -2)
+    _, v, _, m4 = _moments(rows)
+    return (m4 / (v * v + eps)).flatten(), rows.clone() if keep else y.new_empty(0)
+
+
+def add_kurtosis_gradient(g: Tensor, y: Tensor, d_kappa: Tensor, first: int, step: int, eps: float, kept: bool) -> None:
+    """Adds dκ̄ · ∂κ̄/∂y to g [..., T, N], in place; d_kappa one value; y like g, or the rows kept [R, N]."""
+    looked_at = g[..., first::step, :]
+    c, v, m3, m4 = _moments(y.view(looked_at.shape) if kept else y[..., first::step, :])
+    d = v * v + eps
+    factor = 4 * d_kappa / looked_at.numel()  # N features of R tokens
+    looked_at += (factor / d * (c * c * c - m3 - m4 * v / d * c)).to(g.dtype)

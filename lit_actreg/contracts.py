@@ -24,11 +24,19 @@ class LossTerm:
             possibly checkpointed block, so it is a pure function of its argument.
         sites: The linears whose outputs it sees, named by their input site.
         coefficient: Weight of the term at an optimizer step; evaluated outside the compiled region.
+        tap: The statistic once more, for who wants to say how its gradient gets into y's: a function of y, and of
+            whether y is kept for the backward pass anyway, to (y, statistic). The block goes on with the y returned,
+            and calls this instead of ``statistic``.
     """
 
     statistic: Callable[[Tensor], Tensor]
     sites: tuple[Site, ...] = SITES
     coefficient: Callable[[int], float] = lambda step: 1.0
+    tap: Callable[[Tensor, bool], tuple[Tensor, Tensor]] | None = None
+
+    def look_at(self, y: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
+        """The y to go on with, and the statistic."""
+        return (y, self.statistic(y)) if self.tap is None else self.tap(y, kept)
 
 
 @dataclass

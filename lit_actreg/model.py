@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from lit_actreg_kernels import ops
 from torch import Tensor, nn
 
-from lit_actreg.config import SITES, ModelConfig, QuantConfig
+from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
 from lit_actreg.contracts import LossTerm
-from lit_actreg.quant.fused import gelu_linear, norm_linear, swiglu_linear
+from lit_actreg.quant.fused import fuses, gelu_linear, norm_linear, swiglu_linear
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
 
 
@@ -32,9 +32,9 @@ def rotary_angles(num_tokens: int, head_width: int, theta: float, device: torch.
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotary positions to x [B, H, T, E]."""
+    """Applies rotary positions to x [B, T, H, E]; cos and sin [T, E]."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
 class LayerCache(NamedTuple):
@@ -77,9 +77,11 @@ class Block(nn.Module):
         num_batch, num_tokens, _ = qkv.shape
         if cache is not None and num_tokens == 1:
             return ops.decode_attention(qkv[:, 0], cos, sin, *cache)[:, None]
-        heads = qkv.view(num_batch, num_tokens, c.num_heads + 2 * c.kv_heads, c.head_width).transpose(1, 2)
-        q, k, v = heads.split([c.num_heads, c.kv_heads, c.kv_heads], dim=1)
+        # All stays in the order [B, T, H, E]; attention takes views, and lays its output out as it finds q: no copies.
+        heads = qkv.view(num_batch, num_tokens, c.num_heads + 2 * c.kv_heads, c.head_width)
+        q, k, v = heads.split([c.num_heads, c.kv_heads, c.kv_heads], dim=2)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             cache.keys[:, :, :num_tokens], cache.values[:, :, :num_tokens] = k, v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.kv_heads != c.num_heads)
@@ -89,15 +91,26 @@ class Block(nn.Module):
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor]:
         # norm → quantize → linear, activation → quantize → linear; the gate carries the residual's gradient (fused.py)
+        statistics: dict[tuple[int, Site], Tensor] = {}
         x_BTD, gate, qkv = norm_linear(self.norm_1, self.qkv, x_BTD)
-        attended = self.attn_proj(self.attend(qkv, cos, sin, cache))
+        attended = self.attn_proj(self.attend(self.look_at("qkv", qkv, statistics), cos, sin, cache))
+        attended = self.look_at("attn_proj", attended, statistics)
         x_BTD, _, hidden = norm_linear(self.norm_2, self.mlp_in, x_BTD, attended, gate)
         activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
-        outputs = {"qkv": qkv, "attn_proj": attended, "mlp_in": hidden}
-        outputs["mlp_proj"] = activation_linear(self.mlp_proj, hidden)
-        x_BTD = x_BTD + outputs["mlp_proj"]
-        statistics = [term.statistic(outputs[site]) for term in self.loss_terms for site in term.sites]
-        return x_BTD, torch.stack(statistics) if statistics else x_BTD.new_zeros(0, dtype=torch.float32)
+        y = activation_linear(self.mlp_proj, self.look_at("mlp_in", hidden, statistics))
+        x_BTD = x_BTD + self.look_at("mlp_proj", y, statistics)
+        if not self.loss_terms:
+            return x_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
+        return x_BTD, torch.stack([statistics[i, site] for i, t in enumerate(self.loss_terms) for site in t.sites])
+
+    def look_at(self, site: Site, y: Tensor, statistics: dict[tuple[int, Site], Tensor]) -> Tensor:
+        """Notes the loss terms' statistics of a linear's output; returns the y to go on with."""
+        # By attention, by the activation, and by the fused addition and norm; a plain addition keeps nothing.
+        kept = site in ("qkv", "mlp_in") or (site == "attn_proj" and fuses(self.mlp_in, y))
+        for i, term in enumerate(self.loss_terms):
+            if site in term.sites:
+                y, statistics[i, site] = term.look_at(y, kept)
+        return y
 
 
 class Decoder(nn.Module):

@@ -47,7 +47,7 @@ def test_values_and_gradients(
         x, y, weight, bias, *clips(), EPS, rms, bits, integer, value_dtype, out_dtype
     )
     dx, dy, parameters, sums = norm_fake_quant.norm_fake_quantize_backward(
-        g, d_new, found_new, statistics, weight, bias, *clips(), rms, bits, integer, masked, value_dtype, y_dtype
+        g, d_new, x, y, statistics, weight, bias, *clips(), rms, bits, integer, masked, value_dtype
     )
     assert (found_new.dtype, x_hat.dtype, dx.dtype) == (x_dtype, out_dtype, x_dtype)
     assert_near(found_new, new.detach(), x_dtype)
@@ -71,6 +71,6 @@ def test_sums_do_not_depend_on_the_run():
     _, _, statistics = norm_fake_quant.norm_fake_quantize(
         x, None, weight, None, *clips(), EPS, False, 4, True, torch.float32, torch.float32
     )
-    arguments = (g, d_new, x, statistics, weight, None, *clips(), False, 4, True, True, torch.float32, None)
+    arguments = (g, d_new, x, None, statistics, weight, None, *clips(), False, 4, True, True, torch.float32)
     first, second = (norm_fake_quant.norm_fake_quantize_backward(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

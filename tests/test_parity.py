@@ -31,14 +31,15 @@ from lit_actreg.contracts import LossTerm
 from lit_actreg.model import Decoder
 from lit_actreg.module import next_token_loss
 from lit_actreg.parallel import checkpoint_blocks, compile_blocks, shard, whole
-from lit_actreg.quant.statistics import token_kurtosis
+from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAMBDA = 1e-2
 ENGINES = ("eager", "accumulated", "checkpointed", "compiled")
 VARIANTS = {"16-bit": ("none", 0.0), "QAT": ("static", 0.0), "QAT + kurtosis": ("static", 1e-3)}
 STRATEGIES = ("ddp", "fsdp2")
-TERM = LossTerm(token_kurtosis, ("qkv", "mlp_in", "mlp_proj"))
+# One whose gradient is added in place, and one as a plugin might have it, a plain function of y.
+TERMS = (LossTerm(token_kurtosis, ("mlp_proj", "qkv"), tap=tap_token_kurtosis), LossTerm(token_kurtosis, ("mlp_in",)))
 RECIPE = {"style": "llama", "activation_checkpointing": True}
 
 
@@ -56,7 +57,7 @@ def reference_gradients(model: Decoder, batch: torch.Tensor) -> dict[str, torch.
     """Of cross-entropy + λ Σ kurtosis, from hooks and loops."""
     outputs: list[torch.Tensor] = []
     for block in model.blocks:
-        for site in TERM.sites:
+        for site in (site for term in TERMS for site in term.sites):
             getattr(block, site).register_forward_hook(lambda module, args, output: outputs.append(output))
     hidden, _ = model(batch[:, :-1])
     log_p = (hidden @ model.embedding.weight.t()).log_softmax(-1)
@@ -70,7 +71,7 @@ def reference_gradients(model: Decoder, batch: torch.Tensor) -> dict[str, torch.
 
 def gradients(model: Decoder, batches: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
     """As a training step computes them, the mean over batches."""
-    model.set_loss_terms((TERM,))
+    model.set_loss_terms(TERMS)
     for batch in batches:
         hidden, statistics = model(batch[:, :-1])
         loss = next_token_loss(model.head, hidden, batch[:, 1:]) + LAMBDA * statistics.sum()

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_actreg.config import SITES, Site
 from lit_actreg.contracts import LossTerm
 from lit_actreg.module import LitLanguageModel
-from lit_actreg.quant.statistics import token_kurtosis
+from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
 
 
 class KurtosisRegularization(Callback):
@@ -51,4 +51,5 @@ class KurtosisRegularization(Callback):
         assert isinstance(pl_module, LitLanguageModel)
         if stage == "fit" and self.weight > 0 and self.sites:
             statistic = partial(token_kurtosis, every_nth_token=self.every_nth_token)
-            pl_module.loss_terms["kurtosis"] = LossTerm(statistic, self.sites, self.coefficient)
+            tap = partial(tap_token_kurtosis, every_nth_token=self.every_nth_token)
+            pl_module.loss_terms["kurtosis"] = LossTerm(statistic, self.sites, self.coefficient, tap)

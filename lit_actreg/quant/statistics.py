@@ -3,9 +3,8 @@
 Everything is computed in float32 (float64 stays float64), whatever the autocast or input dtype.
 """
 
-from typing import Any
-
 import torch
+from lit_actreg_kernels import training_ops
 from lit_actreg_kernels.grid import dequantize, quantize, symmetric_scale
 from torch import Tensor
 
@@ -16,32 +15,9 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class _TokenKurtosis(torch.autograd.Function):
-    """κ of every token, with its gradient written out: one pass over y each way, and nothing kept but y.
-
-    With c = y − μ, v = mean c², m₃ = mean c³, m₄ = mean c⁴ over the N features and d = v² + ε:
-
-        κ = m₄ / d          ∂κ/∂y = 4 / (N d) · (c³ − m₃ − (m₄ v / d) · c)
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, eps: float) -> Tensor:
-        c = _wide(y) - _wide(y).mean(-1, keepdim=True)
-        squares = c * c
-        ctx.save_for_backward(y)
-        ctx.eps = eps
-        return (squares * squares).mean(-1) / (squares.mean(-1).square() + eps)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (y,) = ctx.saved_tensors
-        c = _wide(y) - _wide(y).mean(-1, keepdim=True)
-        squares = c * c
-        variance = squares.mean(-1, keepdim=True)
-        m3, m4 = (squares * c).mean(-1, keepdim=True), (squares * squares).mean(-1, keepdim=True)
-        d = variance.square() + ctx.eps
-        slope = (4 / y.shape[-1]) / d * (squares * c - m3 - m4 * variance / d * c)
-        return (grad.unsqueeze(-1) * slope).to(y.dtype), None
+def _first(num_tokens: int, every_nth_token: int) -> int:
+    """The first token looked at: in the middle of the first so many."""
+    return min(every_nth_token // 2, num_tokens - 1)
 
 
 def token_kurtosis(y: Tensor, every_nth_token: int = 1, eps: float = 1e-12) -> Tensor:
@@ -56,8 +32,15 @@ def token_kurtosis(y: Tensor, every_nth_token: int = 1, eps: float = 1e-12) -> T
             memory traffic.
     """
     if every_nth_token > 1:
-        y = y[..., min(every_nth_token // 2, y.shape[-2] - 1) :: every_nth_token, :]
-    return _TokenKurtosis.apply(y, eps).mean()  # type: ignore[no-any-return]
+        y = y[..., _first(y.shape[-2], every_nth_token) :: every_nth_token, :]
+    squares = (_wide(y) - _wide(y).mean(-1, keepdim=True)).square()
+    return (squares.square().mean(-1) / (squares.mean(-1).square() + eps)).mean()
+
+
+def tap_token_kurtosis(y: Tensor, kept: bool, every_nth_token: int = 1, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """y itself and its :func:`token_kurtosis`: a loss term's ``tap`` (:class:`lit_actreg.contracts.LossTerm`)."""
+    first = _first(y.shape[-2], every_nth_token)
+    return training_ops.token_kurtosis(y, first, every_nth_token, eps, keep=not kept)
 
 
 def channel_means(x: Tensor) -> tuple[Tensor, Tensor]:
