@@ -45,6 +45,28 @@ def to_codes(x, scale, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
 
 
 @triton.jit
+def to_code_bytes(x, scale, inverse, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, FMA: tl.constexpr):
+    """:func:`to_codes` in ten instructions a value rather than some 25: int32 whose low byte is the code.
+
+    For kernels in which every program quantizes the same token (a NaN gets the code Q_MIN). ``inverse`` is 1 / scale,
+    correctly rounded, FMA whether there is a fused multiply-add (not in the interpreter).
+
+    - *Division.* q = x · inverse, corrected once by its remainder, is the correctly rounded x / scale for every
+      bfloat16 and float16 x: all 2^10 mantissas were tried with all 2^23 of the scale. float32 takes `div_rn`.
+    - *Clamp.* Of x rather than of x / scale + z, to what the outermost codes stand for. Codes are monotone in x, and
+      these bounds are off by some 2^-22 z of a step, so rounding gives the outermost codes still. q cannot overflow.
+    - *Conversion.* After the addition that rounds (:func:`round_half_even`) the code is the mantissa's low byte.
+    """
+    wide = tl.minimum(tl.maximum(x.to(tl.float32), (Q_MIN - zero_point) * scale), (Q_MAX - zero_point) * scale)
+    if FMA and x.dtype != tl.float32:
+        q = wide * inverse
+        q = tl.fma(tl.fma(q, -scale, wide), inverse, q)
+    else:
+        q = tl.div_rn(wide, scale)
+    return ((q + zero_point) + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def grid_of_interval(low, high, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, INTEGER: tl.constexpr):
     """Scale and zero point of the grid that spans [low, high]: :func:`.grid.grid_from_clips`."""
     if INTEGER:

@@ -29,17 +29,21 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.int4_gemv import FUSED_BYTES, GemvTile, int4_gemv
+from lit_actreg_kernels.act_quant import to_code_bytes
+from lit_actreg_kernels.grid import code_range
+from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
 from lit_actreg_kernels.int4_gemv import serves as gemv_serves
 from lit_actreg_kernels.int4_tile import INTERPRETED, correct, finish, times_16, times_16_high, times_16_low
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @dataclass(frozen=True)
 class Tile:
     """What one program computes: block_m tokens × block_n outputs, block_k packed bytes (2 block_k columns) a step.
 
-    ``hopper`` selects the Gluon kernel of :mod:`.int4_hopper` (sm_90 only), which is not split over K.
+    ``hopper`` selects the Gluon kernel of :mod:`.int4_hopper` (sm_90 only), which is not split over K; ``dependent`` a
+    dependent launch (:mod:`.int4_gemv`) of the others.
     """
 
     block_m: int
@@ -49,6 +53,7 @@ class Tile:
     num_stages: int
     split_k: int = 1
     hopper: bool = False
+    dependent: bool = False
 
 
 @triton.jit
@@ -71,6 +76,10 @@ def _linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,6 +101,12 @@ def _linear_kernel(
     low_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + j[:, None]
     packed_ptrs = packed_ptr + n.to(tl.int64)[:, None] * P + j[None, :]
     m_inside, n_inside = (m < M)[None, :], (n < N)[:, None]
+    if QUANTIZE:
+        act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
+        inverse = tl.div_rn(1.0, act_scale)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for base in range(start, min(start + steps * BLOCK_K, P), BLOCK_K):
         # A byte past P reads as two zero codes, so what the low half of x holds there does not matter.
@@ -99,6 +114,9 @@ def _linear_kernel(
         packed = tl.load(packed_ptrs, mask=n_inside if EVEN_K else n_inside & (k < P)[None, :], other=0)
         low = tl.load(low_ptrs, mask=m_inside if EVEN_K else m_inside & (k < K)[:, None], other=0)
         high = tl.load(low_ptrs + P, mask=m_inside if EVEN_K else m_inside & (k + P < K)[:, None], other=0)
+        if QUANTIZE:  # a column past K gets the code of zero, and its weights are zero
+            low = to_code_bytes(low, act_scale, inverse, zero_point, Q_MIN, Q_MAX, FMA=ASM).to(tl.int8)
+            high = to_code_bytes(high, act_scale, inverse, zero_point, Q_MIN, Q_MAX, FMA=ASM).to(tl.int8)
         acc = tl.dot(times_16_low(packed, ASM), low, acc, out_dtype=tl.int32)
         acc = tl.dot(times_16_high(packed), high, acc, out_dtype=tl.int32)
         low_ptrs += BLOCK_K
@@ -233,7 +251,7 @@ def split_for(num_outputs: int, block_n: int, num_bytes: int) -> int:
 
 def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
     """Whether the linear quantizes its own input: every program does all of it, so for one token and few weights."""
-    return gemv_serves(x.shape[0], packed, num_groups) and packed.numel() <= FUSED_BYTES
+    return gemv_serves(x.shape[0], packed, num_groups)
 
 
 @functools.cache
@@ -274,9 +292,9 @@ def int4_linear(
         return y
     epilogue = (act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
     if isinstance(tile, GemvTile) or (tile is None and gemv_serves(num_tokens, packed, num_groups)):
-        int4_gemv(x, packed, *epilogue, y, act_bits, tile)
+        int4_gemv(x, packed, *epilogue, y, act_bits, tile=tile)
         return y
-    assert not x.is_floating_point(), "quantize first: only the product of one token does it itself"
+    quantizes = x.is_floating_point()
     hopper = hopper_kernel(x.device)
     serves = hopper is not None and num_groups == 1 and hopper.serves(x, packed)
     tile = tile or choose_tile(num_tokens, num_outputs, num_bytes, serves)
@@ -286,6 +304,7 @@ def int4_linear(
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
     }
+    assert not quantizes or (num_groups == 1 and not tile.hopper), "this kernel takes codes"
     if num_groups > 1:
         group_size = num_columns // num_groups
         block_k = min(128, max(32, triton.next_power_of_2(group_size)))
@@ -316,6 +335,7 @@ def int4_linear(
         block = (tile.block_m, tile.block_n, tile.block_k)
         hopper.int4_prefill(x, packed, *epilogue, y, block, tile.num_warps, tile.num_stages)
         return y
+    q_min, q_max = code_range(act_bits)
     split_k = tile.split_k
     partial = x.new_empty((split_k, num_tokens, num_outputs), dtype=torch.int32) if split_k > 1 else y
     _linear_kernel[(num_tiles, split_k)](
@@ -330,6 +350,10 @@ def int4_linear(
         **options,
         EVEN_K=num_columns == 2 * num_bytes and num_bytes % tile.block_k == 0,
         SPLIT_K=split_k,
+        QUANTIZE=quantizes,
+        Q_MIN=q_min,
+        Q_MAX=q_max,
+        DEPENDENT=tile.dependent,
         ASM=not INTERPRETED,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -337,9 +361,10 @@ def int4_linear(
         GROUP_M=8,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **({"launch_pdl": True} if tile.dependent else {}),
     )
     if split_k > 1:
-        block_n = 128
+        block_n = 512
         _reduce_kernel[(triton.cdiv(num_outputs, block_n), num_tokens)](
             partial, y, *epilogue, num_tokens, num_outputs, **options, SPLIT_K=split_k, BLOCK_N=block_n, num_warps=4
         )
