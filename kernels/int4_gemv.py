@@ -9,9 +9,9 @@ masks and a shift make two words of 16-fold int8 weights, two `dp4a` multiply th
 five instructions for eight products, about a fifth of the time the word needs to arrive (H100). Per-word sums are added
 over the row at the end, and the epilogue shifts the factor 16 out.
 
-**All at once.** A program has one block of rows and asks for all of it, and for the rows' scales, before it touches
-the token: 3 TB/s at a latency of 1 µs need 23 KB in flight on each of an H100's 132 multiprocessors. Persistent
-programs that walk over blocks in a software pipeline were slower (docs/kernels.md).
+**All at once.** A program has one block of rows and asks for all of it before it uses any: 3 TB/s at a latency of 1 µs
+need 23 KB in flight on each of an H100's 132 multiprocessors. Persistent programs that walk over blocks in a software
+pipeline were slower (docs/kernels.md).
 
 **What comes before.** While its weights are on their way a program turns the whole token into codes itself: from a
 float, or from the input of the norm before the linear, whose statistics it then computes too. As many programs do that
@@ -47,16 +47,10 @@ MAX_WORDS = 4096  # a program holds the codes of a whole row in registers
 
 @dataclass(frozen=True)
 class GemvTile:
-    """The rows that a program multiplies, its warps, and two ways to order what it does.
-
-    Attributes:
-        token_first: Whether the token is asked for before the weights, not behind them.
-        dependent: Whether it is a dependent launch (see the module).
-    """
+    """The rows that a program multiplies, its warps, and whether it is a dependent launch."""
 
     block_n: int
     num_warps: int
-    token_first: bool = False
     dependent: bool = False
 
 
@@ -117,23 +111,16 @@ def _columns(ptr, word, W, K, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _normed(x_low, x_high, weight_ptr, bias_ptr, word, W, K, eps, RMS: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """The norm of a token in two halves [W, 4], in its dtype; zero past K is what the statistics take for granted."""
-    weight_low = _columns(weight_ptr, word, W, K, True).to(tl.float32)
-    weight_high = _columns(weight_ptr, word, W, K, False).to(tl.float32)
+def _standardized(x_low, x_high, word, W, K, eps, RMS: tl.constexpr):
+    """(x − μ) / √(σ² + ε) of a token in two halves [W, 4], float32, as :func:`.norm_quant.normalize`."""
     low, high = x_low.to(tl.float32), x_high.to(tl.float32)
     if not RMS:
         mean = tl.sum(tl.sum(low + high, 1), 0) / K
-        k = 4 * word[:, None] + tl.arange(0, 4)[None, :]
-        inside = (word < W)[:, None] & (k < K)
-        low = tl.where(inside, low - mean, 0.0)
-        high = tl.where((word < W)[:, None] & (k + 4 * W < K), high - mean, 0.0)
+        k, in_row = 4 * word[:, None] + tl.arange(0, 4)[None, :], (word < W)[:, None]
+        low = tl.where(in_row & (k < K), low - mean, 0.0)
+        high = tl.where(in_row & (k + 4 * W < K), high - mean, 0.0)
     factor = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(low * low + high * high, 1), 0) / K + eps)
-    low, high = low * factor * weight_low, high * factor * weight_high
-    if HAS_BIAS:
-        low += _columns(bias_ptr, word, W, K, True).to(tl.float32)
-        high += _columns(bias_ptr, word, W, K, False).to(tl.float32)
-    return low.to(x_low.dtype), high.to(x_high.dtype)
+    return low * factor, high * factor
 
 
 @triton.jit
@@ -141,10 +128,7 @@ def _code_words(
     x, scale, inverse, zero_point, QUANTIZE: tl.constexpr, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, ASM: tl.constexpr
 ):
     """The codes of x [W, 4] as one int32 a row. A column past K gets the code of zero; its weights are zero."""
-    if QUANTIZE:
-        codes = to_code_bytes(x, scale, inverse, zero_point, Q_MIN, Q_MAX, FMA=ASM)
-    else:
-        codes = x.to(tl.int32)
+    codes = to_code_bytes(x, scale, inverse, zero_point, Q_MIN, Q_MAX, FMA=ASM) if QUANTIZE else x.to(tl.int32)
     return tl.sum((codes & 0xFF) << (8 * tl.arange(0, 4)[None, :]), 1)
 
 
@@ -179,7 +163,6 @@ def _gemv_kernel(
     Q_MAX: tl.constexpr,
     OUT_MIN: tl.constexpr,
     OUT_MAX: tl.constexpr,
-    TOKEN_FIRST: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -192,8 +175,6 @@ def _gemv_kernel(
     else:
         n = tl.program_id(0) * BLOCK_N + i
         n_inside = n < N
-    if TOKEN_FIRST:
-        x_low, x_high = _columns(x_ptr, word, W, K, True), _columns(x_ptr, word, W, K, False)
     inside = n_inside[:, None] & (word < W)[None, :]
     packed = tl.load(packed_ptr + n.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0)
     weight_scale = tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)
@@ -202,25 +183,35 @@ def _gemv_kernel(
     if HAS_BIAS:
         added += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
     act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
+    if NORM:
+        g_low = _columns(norm_weight_ptr, word, W, K, True).to(tl.float32)
+        g_high = _columns(norm_weight_ptr, word, W, K, False).to(tl.float32)
+    if HAS_NORM_BIAS:
+        b_low = _columns(norm_bias_ptr, word, W, K, True).to(tl.float32)
+        b_high = _columns(norm_bias_ptr, word, W, K, False).to(tl.float32)
+    if ACTIVATION:
+        out_scale, out_zero_point = tl.load(out_scale_ptr), tl.load(out_zero_point_ptr)
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    if not TOKEN_FIRST:
-        x_low, x_high = _columns(x_ptr, word, W, K, True), _columns(x_ptr, word, W, K, False)
+    x_low, x_high = _columns(x_ptr, word, W, K, True), _columns(x_ptr, word, W, K, False)
     if HAS_RESIDUAL:
         added += tl.load(residual_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
     if NORM:
-        x_low, x_high = _normed(
-            x_low, x_high, norm_weight_ptr, norm_bias_ptr, word, W, K, eps, RMS, HAS_NORM_BIAS
-        )
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        low, high = _standardized(x_low, x_high, word, W, K, eps, RMS)
+        low, high = low * g_low, high * g_high
+        if HAS_NORM_BIAS:
+            low, high = low + b_low, high + b_high
+        x_low, x_high = low.to(dtype), high.to(dtype)  # as the norm of its own rounds them
     inverse = tl.div_rn(1.0, act_scale)
     low = _code_words(x_low, act_scale, inverse, zero_point, QUANTIZE, Q_MIN, Q_MAX, ASM)
     high = _code_words(x_high, act_scale, inverse, zero_point, QUANTIZE, Q_MIN, Q_MAX, ASM)
     acc = tl.sum(multiply_word(packed, low[None, :], high[None, :], ASM), 1) >> 4
     y = weight_scale * (acc.to(tl.float32) - zero_point * sums) * act_scale + added
     if ACTIVATION:
-        dtype: tl.constexpr = x_ptr.dtype.element_ty  # what a linear of its own would have rounded its output to
-        y = y.to(dtype).to(tl.float32)
+        dtype_out: tl.constexpr = x_ptr.dtype.element_ty  # what a linear of its own rounds its output to
+        y = y.to(dtype_out).to(tl.float32)
         if GATED:
             gate, up = tl.split(tl.trans(tl.reshape(y, (2, BLOCK_N // 2))))
             y = swiglu(gate, up)
@@ -228,7 +219,7 @@ def _gemv_kernel(
             n_inside = n < N // 2
         else:
             y = gelu(y)
-        out = to_codes(y.to(dtype), tl.load(out_scale_ptr), tl.load(out_zero_point_ptr), OUT_MIN, OUT_MAX)
+        out = to_codes(y.to(dtype_out), out_scale, out_zero_point, OUT_MIN, OUT_MAX)
         tl.store(y_ptr + n, out, mask=n_inside)
     else:
         tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n_inside)
@@ -274,7 +265,6 @@ def int4_gemv(
     quantizes, gated = x.is_floating_point(), activation is not None and activation.gated
     assert quantizes or (norm is None and activation is None)
     tile = tile or choose_gemv_tile(num_bytes, quantizes)
-    assert not (tile.token_first and tile.dependent), "the token is what a dependent launch waits for"
     block_n = max(2, tile.block_n) if gated else tile.block_n
     q_min, q_max = code_range(act_bits)
     out_min, out_max = code_range(activation.bits) if activation else (0, 0)
@@ -308,7 +298,6 @@ def int4_gemv(
         Q_MAX=q_max,
         OUT_MIN=out_min,
         OUT_MAX=out_max,
-        TOKEN_FIRST=tile.token_first,
         DEPENDENT=tile.dependent,
         ASM=not INTERPRETED,
         BLOCK_N=block_n,

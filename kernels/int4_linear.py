@@ -67,6 +67,8 @@ def _linear_kernel(
     weight_sums_ptr,
     bias_ptr,
     residual_ptr,
+    partial_ptr,
+    ticket_ptr,
     M,
     N,
     K,
@@ -123,40 +125,22 @@ def _linear_kernel(
         packed_ptrs += BLOCK_K
     acc = acc >> 4
 
+    last = True
     if SPLIT_K > 1:
-        partial_ptrs = y_ptr + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
-        tl.store(partial_ptrs, acc, mask=m_inside & n_inside)
-    else:
+        partial_ptrs = partial_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
+        tl.store(partial_ptrs + split.to(tl.int64) * M * N, acc, mask=m_inside & n_inside)
+        # Every thread has stored before one of them takes the tile's ticket, and that publishes what all have stored.
+        tl.debug_barrier()
+        last = tl.atomic_add(ticket_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLIT_K - 1
+        if last:
+            tl.store(ticket_ptr + tl.program_id(0), 0)  # for the next launch
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+            for i in tl.static_range(SPLIT_K):
+                partial_ptrs_i = partial_ptrs + tl.cast(M, tl.int64) * N * i
+                acc += tl.load(partial_ptrs_i, mask=m_inside & n_inside, other=0, cache_modifier=".cg")
+    if last:
         y = correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
         finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
-
-
-@triton.jit
-def _reduce_kernel(
-    partial_ptr,
-    y_ptr,
-    act_scale_ptr,
-    act_zero_point_ptr,
-    weight_scale_ptr,
-    weight_sums_ptr,
-    bias_ptr,
-    residual_ptr,
-    M,
-    N,
-    PER_TOKEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    m = tl.program_id(1) + tl.arange(0, 1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N, 1), tl.int32)
-    for split in tl.static_range(SPLIT_K):
-        offsets = (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
-        acc += tl.load(partial_ptr + offsets, mask=(n < N)[:, None], other=0)
-    y = correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
-    finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -255,6 +239,16 @@ def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
 
 
 @functools.cache
+def tickets_of(device: torch.device, stream: int) -> Tensor:
+    """A zero for every tile whose K is split; every launch leaves zeros again.
+
+    One array a stream, whose kernels run one after another. CUDA graphs that were captured on the same stream share
+    it, so they must not run at the same time.
+    """
+    return torch.zeros(16384, dtype=torch.int32, device=device)
+
+
+@functools.cache
 def hopper_kernel(device: torch.device) -> ModuleType | None:
     """:mod:`.int4_hopper` where the device can run it and this Triton has what it is written in (Gluon)."""
     if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
@@ -337,12 +331,18 @@ def int4_linear(
         return y
     q_min, q_max = code_range(act_bits)
     split_k = tile.split_k
-    partial = x.new_empty((split_k, num_tokens, num_outputs), dtype=torch.int32) if split_k > 1 else y
+    partial, tickets = None, None
+    if split_k > 1:
+        partial = x.new_empty((split_k, num_tokens, num_outputs), dtype=torch.int32)
+        tickets = tickets_of(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+        assert num_tiles <= tickets.numel(), "split K of few tiles only"
     _linear_kernel[(num_tiles, split_k)](
         x,
         packed,
-        partial,
+        y,
         *epilogue,
+        partial,
+        tickets,
         num_tokens,
         num_outputs,
         num_columns,
@@ -363,9 +363,4 @@ def int4_linear(
         num_stages=tile.num_stages,
         **({"launch_pdl": True} if tile.dependent else {}),
     )
-    if split_k > 1:
-        block_n = 512
-        _reduce_kernel[(triton.cdiv(num_outputs, block_n), num_tokens)](
-            partial, y, *epilogue, num_tokens, num_outputs, **options, SPLIT_K=split_k, BLOCK_N=block_n, num_warps=4
-        )
     return y
