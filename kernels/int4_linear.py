@@ -10,10 +10,10 @@ Hopper's wgmma may come from there. INT4 tensor cores do not exist on sm_90 and 
 four bits buy bandwidth and memory.
 
 **Regimes.** One token: :mod:`.int4_gemv`, without tensor cores. Up to 64: the weights are read once and that is the
-time it takes; K is split when N gives too few tiles. Split programs write int32 partial sums and a second kernel adds
-them: integers, so the result does not depend on the order. Many tokens: :mod:`.int4_hopper` where it serves and its
-large tiles fill the GPU; else 128 × 128 tiles, two programs a multiprocessor so that one unpacks while the other
-multiplies, ordered so that neighbours share weights in L2.
+time it takes; K is split when N gives too few tiles. Split programs write int32 partial sums, and the last one of a
+tile to arrive (it takes a ticket) adds them: integers, so the result does not depend on the order. Many tokens:
+:mod:`.int4_hopper` where it serves and its large tiles fill the GPU; else 128 × 128 tiles, two programs a
+multiprocessor so that one unpacks while the other multiplies, ordered so that neighbours share weights in L2.
 
 **Groups.** With G scales a row the int32 sum ends at every group's border and is scaled into a float32 one. That
 kernel picks the nibble by column, because a group may straddle the two halves.
@@ -239,12 +239,13 @@ def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
 
 
 @functools.cache
-def tickets_of(device: torch.device, stream: int) -> Tensor:
+def tickets_of(device: torch.device) -> Tensor:
     """A zero for every tile whose K is split; every launch leaves zeros again.
 
-    One array a stream, whose kernels run one after another. CUDA graphs that were captured on the same stream share
-    it, so they must not run at the same time.
+    One array a GPU: such products must not run at the same time on two streams of it.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the first product with few tokens is being captured in a CUDA graph: run it once before")
     return torch.zeros(16384, dtype=torch.int32, device=device)
 
 
@@ -334,7 +335,7 @@ def int4_linear(
     partial, tickets = None, None
     if split_k > 1:
         partial = x.new_empty((split_k, num_tokens, num_outputs), dtype=torch.int32)
-        tickets = tickets_of(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+        tickets = tickets_of(x.device)
         assert num_tiles <= tickets.numel(), "split K of few tiles only"
     _linear_kernel[(num_tiles, split_k)](
         x,

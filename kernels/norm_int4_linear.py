@@ -3,10 +3,10 @@
     y = W codes(norm(x)) + b         or         codes(GELU(y)),   codes(SwiGLU(y))
 
 For one token these are one kernel (:mod:`.int4_gemv`): the norm of a token is a few instructions a value, less than
-a launch, and an output's non-linearity is taken where the output is. For more tokens every program would compute the norm
-of all of them, so norm and activation are kernels of their own (:mod:`.norm_quant`, :mod:`.gelu_quant`) and write codes.
-Values are rounded at the same places either way, but a row's sums are added in another order: a value on the edge
-between two codes may fall to the other side.
+a launch, and an output's non-linearity is taken where the output is. For more tokens every program would compute the
+norm of all of them, so norm and activation are kernels of their own (:mod:`.norm_quant`, :mod:`.gelu_quant`) and write
+codes. Values are rounded at the same places either way, but a row's sums are added in another order: a value on the
+edge between two codes may fall to the other side.
 """
 
 import torch

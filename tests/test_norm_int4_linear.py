@@ -52,7 +52,7 @@ def test_one_kernel_is_the_separate_ones(shape, rms, activation, dtype):
     found, expected = norm_int4_linear.norm_int4_linear(*inputs), separately(*inputs)
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
-    assert expected.unique().numel() > 8
+    assert expected.unique().numel() > 4
     # A last bit of the norm may move one of the token's codes to its neighbour, and with it all outputs a little.
     assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]).double())[0, 1] > 0.999
     if activation:
