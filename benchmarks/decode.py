@@ -158,7 +158,7 @@ def kernels(fused: bool, step: int, num_warps: int, dependent: bool, attention: 
 
     def tile(num_bytes: int, quantizes: bool) -> GemvTile:
         rows = (step if quantizes else 8192) // (1 << (num_bytes - 1).bit_length())
-        return GemvTile(max(1, min(16, rows)), num_warps if quantizes else 4, dependent)
+        return GemvTile(max(1, rows), num_warps if quantizes else 4, dependent)
 
     attend = functools.partial(decode_attention.decode_attention, tile=replace(attention, dependent=dependent))
     with contextlib.ExitStack() as patches:
@@ -172,17 +172,19 @@ def kernels(fused: bool, step: int, num_warps: int, dependent: bool, attention: 
 def block_variants() -> dict[str, tuple[bool, int, int, bool, AttentionTile]]:
     plain, pipelined, split = ATTENTION[0], ATTENTION[3], ATTENTION[6]
     return {
-        "separate launches": (False, 32768, 8, False, plain),
-        "fused, 16 KB w8": (True, 16384, 8, False, plain),
+        "separate launches": (False, 8192, 4, False, plain),
+        "fused, 8 KB w4": (True, 8192, 4, False, plain),
         "fused, 16 KB w4": (True, 16384, 4, False, plain),
+        "fused, 16 KB w8": (True, 16384, 8, False, plain),
         "fused, 32 KB w8": (True, 32768, 8, False, plain),
-        "fused, 32 KB w8, attention 64 s3": (True, 32768, 8, False, pipelined),
-        "fused, 32 KB w8, attention 64 s2/4": (True, 32768, 8, False, split),
-        "separate launches, dependent": (False, 32768, 8, True, plain),
+        "fused, 16 KB w8, attention 64 s3": (True, 16384, 8, False, pipelined),
+        "fused, 16 KB w8, attention 64 s2/4": (True, 16384, 8, False, split),
+        "separate launches, dependent": (False, 8192, 4, True, plain),
+        "fused, 8 KB w4, dependent": (True, 8192, 4, True, plain),
         "fused, 16 KB w8, dependent": (True, 16384, 8, True, plain),
         "fused, 32 KB w8, dependent": (True, 32768, 8, True, plain),
-        "fused, 32 KB w8, dependent, attention 64 s3": (True, 32768, 8, True, pipelined),
-        "fused, 32 KB w8, dependent, attention 64 s2/4": (True, 32768, 8, True, split),
+        "fused, 16 KB w8, dependent, attention 64 s3": (True, 16384, 8, True, pipelined),
+        "fused, 16 KB w8, dependent, attention 64 s2/4": (True, 16384, 8, True, split),
     }
 
 
