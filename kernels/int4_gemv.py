@@ -197,8 +197,8 @@ def _gemv_kernel(
     x_low, x_high = _columns(x_ptr, word, W, K, True), _columns(x_ptr, word, W, K, False)
     if HAS_RESIDUAL:
         added += tl.load(residual_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
-    if QUANTIZE and not DEPENDENT:
-        tl.debug_barrier()  # what is above has been asked for: the compiler would let the weights wait for the norm
+    if not DEPENDENT:
+        tl.debug_barrier()  # all above has been asked for: the compiler would let some weights wait for the token
     if NORM:
         dtype: tl.constexpr = x_ptr.dtype.element_ty
         low, high = _standardized(x_low, x_high, word, W, K, eps, RMS)
