@@ -12,18 +12,38 @@ arXiv 1805.02867). A long cache is split among several programs a head, whose (m
 The position is read on the device: the same launch serves every step, and a CUDA graph can hold it. Entries behind p
 are never read, so the time is that of the tokens there are and not of the cache's length.
 
+A static grid given, the output's codes leave instead of it, for the linear behind.
+
 The arithmetic is float32, q and k rounded to the cache's dtype after rotation as if unfused. E even; cos and sin
 float32 [E], halves repeated.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
+from lit_actreg_kernels.act_quant import to_codes
+from lit_actreg_kernels.grid import code_range
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_BLOCK = 128  # entries a step: a step waits for memory and for two reductions, so few long ones
 _CHUNK = 512  # entries that one program goes through before another one a head is worth a second launch
 _PROGRAMS = 256  # enough to fill a GPU
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """How a program goes through the cache: entries a step, steps that are on their way at once, programs a head.
+
+    ``splits`` None is :func:`splits_for`; ``dependent`` a dependent launch (:mod:`.int4_gemv`).
+    """
+
+    block: int = 128  # a step waits for memory and for two reductions, so few long ones
+    num_stages: int = 1
+    splits: int | None = None
+    dependent: bool = False
 
 
 @triton.jit
@@ -37,6 +57,16 @@ def _rotated(x_ptr, cos_ptr, sin_ptr, e, inside, HALF: tl.constexpr):
 
 
 @triton.jit
+def _store(
+    y_ptr, e, y, inside, dtype: tl.constexpr, scale_ptr, zero_point_ptr, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr
+):
+    """y of ``dtype``, or its codes where Q_MAX is not zero."""
+    if Q_MAX:
+        y = to_codes(y.to(dtype), tl.load(scale_ptr), tl.load(zero_point_ptr), Q_MIN, Q_MAX)
+    tl.store(y_ptr + e, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _attention_kernel(
     qkv_ptr,
     cos_ptr,
@@ -46,6 +76,8 @@ def _attention_kernel(
     position_ptr,
     y_ptr,
     partial_ptr,
+    scale_ptr,
+    zero_point_ptr,
     length,
     softmax_scale,
     H: tl.constexpr,
@@ -55,7 +87,14 @@ def _attention_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SPLITS: tl.constexpr,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     HALF: tl.constexpr = E // 2
     batch, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
     g = h // (H // G)
@@ -87,7 +126,7 @@ def _attention_kernel(
     y = tl.where(split == 0, v.to(tl.float32), 0.0)
     chunk = tl.cdiv(length, SPLITS)
     end = tl.minimum((split + 1) * chunk, position)
-    for start in range(split * chunk, end, BLOCK_C):
+    for start in tl.range(split * chunk, end, BLOCK_C, num_stages=STAGES):
         c = start + tl.arange(0, BLOCK_C)
         seen = (c < end)[:, None]
         k_ptrs = keys_ptr + c[:, None] * E + e_half[None, :]
@@ -104,7 +143,8 @@ def _attention_kernel(
         m = m_new
 
     if SPLITS == 1:
-        tl.store(y_ptr + tl.program_id(0) * E + e, (y / total).to(y_ptr.dtype.element_ty), mask=in_e)
+        y_ptr += tl.program_id(0) * E
+        _store(y_ptr, e, y / total, in_e, qkv_ptr.dtype.element_ty, scale_ptr, zero_point_ptr, Q_MIN, Q_MAX)
     else:
         out_ptr = partial_ptr + (tl.program_id(0) * SPLITS + split) * (E + 2)
         tl.store(out_ptr + e, y, mask=in_e)
@@ -113,14 +153,29 @@ def _attention_kernel(
 
 
 @triton.jit
-def _join_kernel(partial_ptr, y_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr):
+def _join_kernel(
+    partial_ptr,
+    y_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    dtype: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    SPLITS: tl.constexpr,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     row, e, s = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, SPLITS)
     rows_ptr = partial_ptr + (row * SPLITS + s) * (E + 2)
     m, total = tl.load(rows_ptr + E), tl.load(rows_ptr + E + 1)
     weights = tl.exp(m - tl.max(m, 0))
     y = tl.load(rows_ptr[:, None] + e[None, :], mask=(e < E)[None, :], other=0.0)
     y = tl.sum(y * weights[:, None], 0) / tl.sum(total * weights, 0)
-    tl.store(y_ptr + row * E + e, y.to(y_ptr.dtype.element_ty), mask=e < E)
+    _store(y_ptr + row * E, e, y, e < E, dtype, scale_ptr, zero_point_ptr, Q_MIN, Q_MAX)
 
 
 def splits_for(num_heads: int, length: int) -> int:
@@ -129,19 +184,34 @@ def splits_for(num_heads: int, length: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
+_TILE = AttentionTile()
+
+
 def decode_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, splits: int | None = None
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    bits: int = 0,
+    tile: AttentionTile = _TILE,
 ) -> Tensor:
     """y [B, H · E] of qkv [B, (H + 2G) · E]; keys and values [B, G, C, E] get entry ``position`` (int64 [1]).
 
     Args:
-        splits: Overrides :func:`splits_for` (tests).
+        scale: Of a static grid of ``bits``, [1], as is zero_point: y is its codes then, int8.
+        tile: Another than usual (benchmark and tests).
     """
     num_batch, num_groups, length, width = keys.shape
     num_heads = qkv.shape[1] // width - 2 * num_groups
-    y = qkv.new_empty((num_batch, num_heads * width))
+    y = qkv.new_empty((num_batch, num_heads * width), dtype=qkv.dtype if scale is None else torch.int8)
+    q_min, q_max = (0, 0) if scale is None else code_range(bits)
     rows = num_batch * num_heads
-    splits = splits or splits_for(rows, length)
+    splits = tile.splits or splits_for(rows, length)
+    launch = {"launch_pdl": True} if tile.dependent else {}
     partial = qkv.new_empty((rows, splits, width + 2), dtype=torch.float32) if splits > 1 else y
     block_e = triton.next_power_of_2(width)
     _attention_kernel[(rows, splits)](
@@ -153,6 +223,8 @@ def decode_attention(
         position,
         y,
         partial,
+        scale,
+        zero_point,
         length,
         width**-0.5,
         H=num_heads,
@@ -160,10 +232,29 @@ def decode_attention(
         E=width,
         BLOCK_HALF=max(1, block_e // 2),
         BLOCK_E=block_e,
-        BLOCK_C=_BLOCK,
+        BLOCK_C=tile.block,
         SPLITS=splits,
+        Q_MIN=q_min,
+        Q_MAX=q_max,
+        STAGES=tile.num_stages,
+        DEPENDENT=tile.dependent,
         num_warps=8,
+        **launch,
     )
     if splits > 1:
-        _join_kernel[(rows,)](partial, y, E=width, BLOCK_E=block_e, SPLITS=splits, num_warps=4)
+        _join_kernel[(rows,)](
+            partial,
+            y,
+            scale,
+            zero_point,
+            _TRITON_DTYPES[qkv.dtype],
+            E=width,
+            BLOCK_E=block_e,
+            SPLITS=splits,
+            Q_MIN=q_min,
+            Q_MAX=q_max,
+            DEPENDENT=tile.dependent,
+            num_warps=4,
+            **launch,
+        )
     return y

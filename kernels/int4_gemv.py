@@ -9,13 +9,22 @@ masks and a shift make two words of 16-fold int8 weights, two `dp4a` multiply th
 five instructions for eight products, about a fifth of the time the word needs to arrive (H100). Per-word sums are added
 over the row at the end, and the epilogue shifts the factor 16 out.
 
-**All at once.** A program has one block of rows and asks for all of it, and for the rows' scales, before it touches
-the token: 3 TB/s at a latency of 1 µs need 23 KB in flight on each of an H100's 132 multiprocessors. Persistent
-programs that walk over blocks in a software pipeline were slower (docs/kernels.md).
+**All at once.** A program has one block of rows and asks for all of it before it uses any: 3 TB/s at a latency of 1 µs
+need 23 KB in flight on each of an H100's 132 multiprocessors. Persistent programs that walk over blocks in a software
+pipeline were slower (docs/kernels.md).
 
-**Quantization.** A static grid needs no statistics of the token, so a program may quantize all of it for itself while
-its weights are on their way. As many programs do that as there are blocks, so it pays for small layers only: above
-``FUSED_BYTES`` of weights a launch of its own, one or two microseconds, costs less.
+**What comes before.** While its weights are on their way a program turns the whole token into codes itself: from a
+float, or from the input of the norm before the linear, whose statistics it then computes too. As many programs do that
+as there are blocks, but a launch of its own costs more than the few instructions a value
+(:func:`.act_quant.to_code_bytes`).
+
+**What comes after.** The MLP's non-linearity is taken of an output where it is computed, once, and leaves as the next
+linear's codes. SwiGLU's row h of the gate and row h of the other half are in the same program.
+
+**Dependent launch** (`GemvTile.dependent`, sm_90). A kernel may start while the one before it in the stream still runs,
+and wait (`griddepcontrol.wait`) before it reads what that one writes. Weights, scales and norms are no kernel's output
+in a running model: they are asked for before the wait. The one after it may start when the wait is over, and not
+before, so that never more than two kernels hold registers.
 
 Shapes: x of a float dtype [K] or codes int8 [K]; packed int32 [N, W], the uint8 [N, P = 4 W] of :mod:`.int4_linear`
 seen as words; W ≤ 4096, P a multiple of 16 bytes. One weight scale a channel.
@@ -26,21 +35,43 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.act_quant import to_codes
+from lit_actreg_kernels.act_quant import to_code_bytes, to_codes
+from lit_actreg_kernels.gelu_quant import gelu, swiglu
 from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.int4_tile import INTERPRETED
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-FUSED_BYTES = 16 << 20
 MAX_WORDS = 4096  # a program holds the codes of a whole row in registers
 
 
 @dataclass(frozen=True)
 class GemvTile:
-    """The rows that a program multiplies, and its warps."""
+    """The rows that a program multiplies, its warps, and whether it is a dependent launch."""
 
     block_n: int
     num_warps: int
+    dependent: bool = False
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm before the linear: LayerNorm, or RMSNorm where ``rms`` (no mean, no bias); weight and bias [K]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    rms: bool
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What becomes of the outputs: GELU, or SwiGLU where ``gated``, then codes on this static grid."""
+
+    gated: bool
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
 
 
 @triton.jit
@@ -71,16 +102,34 @@ def multiply_word(packed, low, high, ASM: tl.constexpr):
 
 
 @triton.jit
-def _code_words(x_ptr, first, K, scale, zero_point, QUANTIZE: tl.constexpr, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
-    """Codes of columns first … first+3 as one int32 each; ``first`` [W]; zero from K on."""
+def _columns(ptr, word, W, K, FIRST: tl.constexpr):
+    """Columns 4 · word … 4 · word + 3 of a vector [K], [W, 4]: of its low half where FIRST; zero outside."""
     # Four neighbours a thread: one load, and every column is quantized by one thread only.
-    byte = tl.arange(0, 4)[None, :]
-    k = first[:, None] + byte
-    x = tl.load(x_ptr + k, mask=k < K, other=0)
-    if QUANTIZE:
-        # A column past K gets the code of zero, and its weights are zero.
-        x = to_codes(x, scale, zero_point, Q_MIN, Q_MAX)
-    return tl.sum((x.to(tl.int32) & 0xFF) << (8 * byte), 1)
+    k = 4 * (word if FIRST else word + W)[:, None] + tl.arange(0, 4)[None, :]
+    inside = (word < W)[:, None] & (k < K)
+    return tl.load(ptr + k, mask=inside, other=0)
+
+
+@triton.jit
+def _standardized(x_low, x_high, word, W, K, eps, RMS: tl.constexpr):
+    """(x − μ) / √(σ² + ε) of a token in two halves [W, 4], float32, as :func:`.norm_quant.normalize`."""
+    low, high = x_low.to(tl.float32), x_high.to(tl.float32)
+    if not RMS:
+        mean = tl.sum(tl.sum(low + high, 1), 0) / K
+        k, in_row = 4 * word[:, None] + tl.arange(0, 4)[None, :], (word < W)[:, None]
+        low = tl.where(in_row & (k < K), low - mean, 0.0)
+        high = tl.where(in_row & (k + 4 * W < K), high - mean, 0.0)
+    factor = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(low * low + high * high, 1), 0) / K + eps)
+    return low * factor, high * factor
+
+
+@triton.jit
+def _code_words(
+    x, scale, inverse, zero_point, QUANTIZE: tl.constexpr, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, ASM: tl.constexpr
+):
+    """The codes of x [W, 4] as one int32 a row. A column past K gets the code of zero; its weights are zero."""
+    codes = to_code_bytes(x, scale, inverse, zero_point, Q_MIN, Q_MAX, FMA=ASM) if QUANTIZE else x.to(tl.int32)
+    return tl.sum((codes & 0xFF) << (8 * tl.arange(0, 4)[None, :]), 1)
 
 
 @triton.jit
@@ -94,20 +143,38 @@ def _gemv_kernel(
     weight_sums_ptr,
     bias_ptr,
     residual_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    out_scale_ptr,
+    out_zero_point_ptr,
     N,
     K,
     W,
+    eps,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    RMS: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
+    OUT_MIN: tl.constexpr,
+    OUT_MAX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_inside, word = n < N, tl.arange(0, BLOCK_W)
+    i, word = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_W)
+    if GATED:  # half the rows are of the gate, half of what it multiplies
+        h = tl.program_id(0) * (BLOCK_N // 2) + i % (BLOCK_N // 2)
+        n, n_inside = i // (BLOCK_N // 2) * (N // 2) + h, h < N // 2
+    else:
+        n = tl.program_id(0) * BLOCK_N + i
+        n_inside = n < N
     inside = n_inside[:, None] & (word < W)[None, :]
     packed = tl.load(packed_ptr + n.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0)
     weight_scale = tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)
@@ -115,14 +182,49 @@ def _gemv_kernel(
     added = weight_scale * 0.0
     if HAS_BIAS:
         added += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
+    act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
+    if NORM:
+        g_low = _columns(norm_weight_ptr, word, W, K, True).to(tl.float32)
+        g_high = _columns(norm_weight_ptr, word, W, K, False).to(tl.float32)
+    if HAS_NORM_BIAS:
+        b_low = _columns(norm_bias_ptr, word, W, K, True).to(tl.float32)
+        b_high = _columns(norm_bias_ptr, word, W, K, False).to(tl.float32)
+    if ACTIVATION:
+        out_scale, out_zero_point = tl.load(out_scale_ptr), tl.load(out_zero_point_ptr)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    x_low, x_high = _columns(x_ptr, word, W, K, True), _columns(x_ptr, word, W, K, False)
     if HAS_RESIDUAL:
         added += tl.load(residual_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
-    act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
-    low = _code_words(x_ptr, 4 * word, K, act_scale, zero_point, QUANTIZE, Q_MIN, Q_MAX)
-    high = _code_words(x_ptr, 4 * (word + W), K, act_scale, zero_point, QUANTIZE, Q_MIN, Q_MAX)
+    if not DEPENDENT:
+        tl.debug_barrier()  # all above has been asked for: the compiler would let some weights wait for the token
+    if NORM:
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        low, high = _standardized(x_low, x_high, word, W, K, eps, RMS)
+        low, high = low * g_low, high * g_high
+        if HAS_NORM_BIAS:
+            low, high = low + b_low, high + b_high
+        x_low, x_high = low.to(dtype), high.to(dtype)  # as the norm of its own rounds them
+    inverse = tl.div_rn(1.0, act_scale)
+    low = _code_words(x_low, act_scale, inverse, zero_point, QUANTIZE, Q_MIN, Q_MAX, ASM)
+    high = _code_words(x_high, act_scale, inverse, zero_point, QUANTIZE, Q_MIN, Q_MAX, ASM)
     acc = tl.sum(multiply_word(packed, low[None, :], high[None, :], ASM), 1) >> 4
     y = weight_scale * (acc.to(tl.float32) - zero_point * sums) * act_scale + added
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n_inside)
+    if ACTIVATION:
+        dtype_out: tl.constexpr = x_ptr.dtype.element_ty  # what a linear of its own rounds its output to
+        y = y.to(dtype_out).to(tl.float32)
+        if GATED:
+            gate, up = tl.split(tl.trans(tl.reshape(y, (2, BLOCK_N // 2))))
+            y = swiglu(gate, up)
+            n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            n_inside = n < N // 2
+        else:
+            y = gelu(y)
+        out = to_codes(y.to(dtype_out), out_scale, out_zero_point, OUT_MIN, OUT_MAX)
+        tl.store(y_ptr + n, out, mask=n_inside)
+    else:
+        tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n_inside)
 
 
 def serves(num_tokens: int, packed: Tensor, num_groups: int) -> bool:
@@ -149,18 +251,26 @@ def int4_gemv(
     residual: Tensor | None,
     y: Tensor,
     act_bits: int,
+    norm: Norm | None = None,
+    activation: Activation | None = None,
     tile: GemvTile | None = None,
 ) -> None:
     """Writes y [1, N]; x [1, K] of a float dtype on a static grid of act_bits, or codes int8.
 
     Args:
+        norm: Of x, which is a float then.
+        activation: y is int8 then, and [1, N / 2] where it is gated; x is a float.
         tile: Overrides :func:`choose_gemv_tile` (benchmark and tests).
     """
     num_outputs, num_bytes = packed.shape
     num_columns, num_words = x.shape[1], num_bytes // 4
-    tile = tile or choose_gemv_tile(num_bytes, x.is_floating_point())
+    quantizes, gated = x.is_floating_point(), activation is not None and activation.gated
+    assert quantizes or (norm is None and activation is None)
+    tile = tile or choose_gemv_tile(num_bytes, quantizes)
+    block_n = max(2, tile.block_n) if gated else tile.block_n
     q_min, q_max = code_range(act_bits)
-    _gemv_kernel[(triton.cdiv(num_outputs, tile.block_n),)](
+    out_min, out_max = code_range(activation.bits) if activation else (0, 0)
+    _gemv_kernel[(triton.cdiv(num_outputs, block_n),)](
         x,
         packed.view(torch.int32),
         y,
@@ -170,16 +280,30 @@ def int4_gemv(
         weight_sums,
         bias,
         residual,
+        norm.weight if norm else None,
+        norm.bias if norm else None,
+        activation.scale if activation else None,
+        activation.zero_point if activation else None,
         num_outputs,
         num_columns,
         num_words,
+        norm.eps if norm else 0.0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        QUANTIZE=x.is_floating_point(),
+        QUANTIZE=quantizes,
+        NORM=norm is not None,
+        RMS=norm is not None and norm.rms,
+        HAS_NORM_BIAS=norm is not None and norm.bias is not None,
+        ACTIVATION=activation is not None,
+        GATED=gated,
         Q_MIN=q_min,
         Q_MAX=q_max,
+        OUT_MIN=out_min,
+        OUT_MAX=out_max,
+        DEPENDENT=tile.dependent,
         ASM=not INTERPRETED,
-        BLOCK_N=tile.block_n,
+        BLOCK_N=block_n,
         BLOCK_W=triton.next_power_of_2(num_words),
         num_warps=tile.num_warps,
+        **({"launch_pdl": True} if tile.dependent else {}),
     )

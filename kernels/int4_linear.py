@@ -10,10 +10,10 @@ Hopper's wgmma may come from there. INT4 tensor cores do not exist on sm_90 and 
 four bits buy bandwidth and memory.
 
 **Regimes.** One token: :mod:`.int4_gemv`, without tensor cores. Up to 64: the weights are read once and that is the
-time it takes; K is split when N gives too few tiles. Split programs write int32 partial sums and a second kernel adds
-them: integers, so the result does not depend on the order. Many tokens: :mod:`.int4_hopper` where it serves and its
-large tiles fill the GPU; else 128 × 128 tiles, two programs a multiprocessor so that one unpacks while the other
-multiplies, ordered so that neighbours share weights in L2.
+time it takes; K is split when N gives too few tiles. Split programs write int32 partial sums, and the last one of a
+tile to arrive (it takes a ticket) adds them: integers, so the result does not depend on the order. Many tokens:
+:mod:`.int4_hopper` where it serves and its large tiles fill the GPU; else 128 × 128 tiles, two programs a
+multiprocessor so that one unpacks while the other multiplies, ordered so that neighbours share weights in L2.
 
 **Groups.** With G scales a row the int32 sum ends at every group's border and is scaled into a float32 one. That
 kernel picks the nibble by column, because a group may straddle the two halves.
@@ -29,17 +29,21 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.int4_gemv import FUSED_BYTES, GemvTile, int4_gemv
+from lit_actreg_kernels.act_quant import to_code_bytes
+from lit_actreg_kernels.grid import code_range
+from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
 from lit_actreg_kernels.int4_gemv import serves as gemv_serves
 from lit_actreg_kernels.int4_tile import INTERPRETED, correct, finish, times_16, times_16_high, times_16_low
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @dataclass(frozen=True)
 class Tile:
     """What one program computes: block_m tokens × block_n outputs, block_k packed bytes (2 block_k columns) a step.
 
-    ``hopper`` selects the Gluon kernel of :mod:`.int4_hopper` (sm_90 only), which is not split over K.
+    ``hopper`` selects the Gluon kernel of :mod:`.int4_hopper` (sm_90 only), which is not split over K; ``dependent`` a
+    dependent launch (:mod:`.int4_gemv`) of the others.
     """
 
     block_m: int
@@ -49,6 +53,7 @@ class Tile:
     num_stages: int
     split_k: int = 1
     hopper: bool = False
+    dependent: bool = False
 
 
 @triton.jit
@@ -62,6 +67,8 @@ def _linear_kernel(
     weight_sums_ptr,
     bias_ptr,
     residual_ptr,
+    partial_ptr,
+    ticket_ptr,
     M,
     N,
     K,
@@ -71,6 +78,10 @@ def _linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,6 +103,12 @@ def _linear_kernel(
     low_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + j[:, None]
     packed_ptrs = packed_ptr + n.to(tl.int64)[:, None] * P + j[None, :]
     m_inside, n_inside = (m < M)[None, :], (n < N)[:, None]
+    if QUANTIZE:
+        act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
+        inverse = tl.div_rn(1.0, act_scale)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for base in range(start, min(start + steps * BLOCK_K, P), BLOCK_K):
         # A byte past P reads as two zero codes, so what the low half of x holds there does not matter.
@@ -99,46 +116,31 @@ def _linear_kernel(
         packed = tl.load(packed_ptrs, mask=n_inside if EVEN_K else n_inside & (k < P)[None, :], other=0)
         low = tl.load(low_ptrs, mask=m_inside if EVEN_K else m_inside & (k < K)[:, None], other=0)
         high = tl.load(low_ptrs + P, mask=m_inside if EVEN_K else m_inside & (k + P < K)[:, None], other=0)
+        if QUANTIZE:  # a column past K gets the code of zero, and its weights are zero
+            low = to_code_bytes(low, act_scale, inverse, zero_point, Q_MIN, Q_MAX, FMA=ASM).to(tl.int8)
+            high = to_code_bytes(high, act_scale, inverse, zero_point, Q_MIN, Q_MAX, FMA=ASM).to(tl.int8)
         acc = tl.dot(times_16_low(packed, ASM), low, acc, out_dtype=tl.int32)
         acc = tl.dot(times_16_high(packed), high, acc, out_dtype=tl.int32)
         low_ptrs += BLOCK_K
         packed_ptrs += BLOCK_K
     acc = acc >> 4
 
+    last = True
     if SPLIT_K > 1:
-        partial_ptrs = y_ptr + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
-        tl.store(partial_ptrs, acc, mask=m_inside & n_inside)
-    else:
+        partial_ptrs = partial_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
+        tl.store(partial_ptrs + split.to(tl.int64) * M * N, acc, mask=m_inside & n_inside)
+        # Every thread has stored before one of them takes the tile's ticket, and that publishes what all have stored.
+        tl.debug_barrier()
+        last = tl.atomic_add(ticket_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLIT_K - 1
+        if last:
+            tl.store(ticket_ptr + tl.program_id(0), 0)  # for the next launch
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+            for i in tl.static_range(SPLIT_K):
+                partial_ptrs_i = partial_ptrs + tl.cast(M, tl.int64) * N * i
+                acc += tl.load(partial_ptrs_i, mask=m_inside & n_inside, other=0, cache_modifier=".cg")
+    if last:
         y = correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
         finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
-
-
-@triton.jit
-def _reduce_kernel(
-    partial_ptr,
-    y_ptr,
-    act_scale_ptr,
-    act_zero_point_ptr,
-    weight_scale_ptr,
-    weight_sums_ptr,
-    bias_ptr,
-    residual_ptr,
-    M,
-    N,
-    PER_TOKEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    m = tl.program_id(1) + tl.arange(0, 1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N, 1), tl.int32)
-    for split in tl.static_range(SPLIT_K):
-        offsets = (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
-        acc += tl.load(partial_ptr + offsets, mask=(n < N)[:, None], other=0)
-    y = correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
-    finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -233,7 +235,18 @@ def split_for(num_outputs: int, block_n: int, num_bytes: int) -> int:
 
 def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
     """Whether the linear quantizes its own input: every program does all of it, so for one token and few weights."""
-    return gemv_serves(x.shape[0], packed, num_groups) and packed.numel() <= FUSED_BYTES
+    return gemv_serves(x.shape[0], packed, num_groups)
+
+
+@functools.cache
+def tickets_of(device: torch.device) -> Tensor:
+    """A zero for every tile whose K is split; every launch leaves zeros again.
+
+    One array a GPU: such products must not run at the same time on two streams of it.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the first product with few tokens is being captured in a CUDA graph: run it once before")
+    return torch.zeros(16384, dtype=torch.int32, device=device)
 
 
 @functools.cache
@@ -274,9 +287,9 @@ def int4_linear(
         return y
     epilogue = (act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
     if isinstance(tile, GemvTile) or (tile is None and gemv_serves(num_tokens, packed, num_groups)):
-        int4_gemv(x, packed, *epilogue, y, act_bits, tile)
+        int4_gemv(x, packed, *epilogue, y, act_bits, tile=tile)
         return y
-    assert not x.is_floating_point(), "quantize first: only the product of one token does it itself"
+    quantizes = x.is_floating_point()
     hopper = hopper_kernel(x.device)
     serves = hopper is not None and num_groups == 1 and hopper.serves(x, packed)
     tile = tile or choose_tile(num_tokens, num_outputs, num_bytes, serves)
@@ -286,6 +299,7 @@ def int4_linear(
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
     }
+    assert not quantizes or (num_groups == 1 and not tile.hopper), "this kernel takes codes"
     if num_groups > 1:
         group_size = num_columns // num_groups
         block_k = min(128, max(32, triton.next_power_of_2(group_size)))
@@ -316,13 +330,20 @@ def int4_linear(
         block = (tile.block_m, tile.block_n, tile.block_k)
         hopper.int4_prefill(x, packed, *epilogue, y, block, tile.num_warps, tile.num_stages)
         return y
+    q_min, q_max = code_range(act_bits)
     split_k = tile.split_k
-    partial = x.new_empty((split_k, num_tokens, num_outputs), dtype=torch.int32) if split_k > 1 else y
+    partial, tickets = None, None
+    if split_k > 1:
+        partial = x.new_empty((split_k, num_tokens, num_outputs), dtype=torch.int32)
+        tickets = tickets_of(x.device)
+        assert num_tiles <= tickets.numel(), "split K of few tiles only"
     _linear_kernel[(num_tiles, split_k)](
         x,
         packed,
-        partial,
+        y,
         *epilogue,
+        partial,
+        tickets,
         num_tokens,
         num_outputs,
         num_columns,
@@ -330,6 +351,10 @@ def int4_linear(
         **options,
         EVEN_K=num_columns == 2 * num_bytes and num_bytes % tile.block_k == 0,
         SPLIT_K=split_k,
+        QUANTIZE=quantizes,
+        Q_MIN=q_min,
+        Q_MAX=q_max,
+        DEPENDENT=tile.dependent,
         ASM=not INTERPRETED,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -337,10 +362,6 @@ def int4_linear(
         GROUP_M=8,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **({"launch_pdl": True} if tile.dependent else {}),
     )
-    if split_k > 1:
-        block_n = 128
-        _reduce_kernel[(triton.cdiv(num_outputs, block_n), num_tokens)](
-            partial, y, *epilogue, num_tokens, num_outputs, **options, SPLIT_K=split_k, BLOCK_N=block_n, num_warps=4
-        )
     return y

@@ -103,6 +103,38 @@ class Int4Linear(nn.Module):
         y_MN = ops.int4_linear(codes_MK, self.packed, self.act_scale, self.act_zero_point, *weight, out_dtype)
         return y_MN.reshape(*codes.shape[:-1], self.out_features)
 
+    def forward_norm(
+        self,
+        x: Tensor,
+        norm: nn.LayerNorm | nn.RMSNorm,
+        activation: str = "",
+        into: "Int4Linear | None" = None,
+    ) -> Tensor:
+        """y of norm(x); or the input codes of the layer ``into`` behind an activation, "gelu" or "swiglu"."""
+        if self.act_scale is None or (into is not None and into.act_scale is None):
+            raise ValueError("forward_norm needs static activation grids: one of the layers' is dynamic")
+        assert norm.eps is not None
+        bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+        y_MN = ops.norm_int4_linear(
+            x.reshape(-1, self.in_features),
+            norm.weight,
+            bias,
+            norm.eps,
+            isinstance(norm, nn.RMSNorm),
+            self.packed,
+            self.act_scale,
+            self.act_zero_point,
+            self.act_bits,
+            self.weight_scale,
+            self.weight_sums,
+            self.bias,
+            activation,
+            into.act_scale if into else None,
+            into.act_zero_point if into else None,
+            into.act_bits if into else 0,
+        )
+        return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
+
     def extra_repr(self) -> str:
         grid = "per token" if self.act_scale is None else "static"
         return (

@@ -265,6 +265,79 @@ def _(
     return x.new_empty((x.shape[0], packed.shape[0]))
 
 
+@torch.library.custom_op("lit_actreg::norm_int4_linear", mutates_args=())
+def norm_int4_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    act_bits: int,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """norm, :func:`int4_linear` of its codes on a static grid, in x's dtype [M, N]; x [M, K].
+
+    Where ``activation`` is "gelu" or "swiglu" and not empty, the codes int8 of that [M, N] or [M, N / 2] on the grid of
+    ``out_scale`` and ``out_zero_point`` [1].
+    """
+    _check_grid(x, act_scale, act_zero_point, act_bits)
+    _check_norm(x, norm_weight, norm_bias, rms)
+    _check_linear(x, packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, None, x.dtype)
+    _check_activation(x, packed, activation, out_scale, out_zero_point, out_bits)
+    arguments = (eps, rms, packed, act_scale, act_zero_point, act_bits, weight_scale, weight_sums, bias)
+    function = _implementation(x, "norm_int4_linear").norm_int4_linear
+    into = (activation, out_scale, out_zero_point, out_bits)
+    return function(x.contiguous(), norm_weight, norm_bias, *arguments, *into)
+
+
+@norm_int4_linear.register_fake
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    act_bits: int,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    _check_grid(x, act_scale, act_zero_point, act_bits)
+    _check_norm(x, norm_weight, norm_bias, rms)
+    _check_linear(x, packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, None, x.dtype)
+    _check_activation(x, packed, activation, out_scale, out_zero_point, out_bits)
+    width = packed.shape[0] // 2 if activation == "swiglu" else packed.shape[0]
+    return x.new_empty((x.shape[0], width), dtype=torch.int8 if activation else x.dtype)
+
+
+def _check_activation(
+    x: Tensor, packed: Tensor, activation: str, scale: Tensor | None, zero_point: Tensor | None, bits: int
+) -> None:
+    _check(activation in ("", "gelu", "swiglu"), f'activation {activation!r}: choose "gelu", "swiglu" or ""')
+    if activation:
+        _check(scale is not None and zero_point is not None, f"{activation} is quantized: give the grid's out_scale")
+        assert scale is not None
+        assert zero_point is not None
+        _check_grid(x, scale, zero_point, bits)
+        _check(activation == "gelu" or packed.shape[0] % 2 == 0, "SwiGLU takes an even number of outputs")
+
+
 def _check_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> None:
     _check(keys.dim() == 4 and keys.shape == values.shape, "keys and values must be [B, G, C, E] both")
     num_batch, num_groups, _, width = keys.shape
@@ -282,20 +355,44 @@ def _check_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values
 
 
 @torch.library.custom_op("lit_actreg::decode_attention", mutates_args=("keys", "values"))
-def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+def decode_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    bits: int = 0,
+) -> Tensor:
     """y [B, H · E] of one token a sequence; see :func:`lit_actreg_kernels.reference.decode_attention`.
 
-    float64 runs the reference on every device.
+    With a static grid (``scale`` and ``zero_point`` [1]) its codes, int8. float64 runs the reference on every device.
     """
     _check_attention(qkv, cos, sin, keys, values, position)
+    if scale is not None and zero_point is not None:
+        _check_grid(qkv, scale, zero_point, bits)
     implementation = _implementation(qkv, "decode_attention") if qkv.dtype in FLOAT_DTYPES else reference
-    return implementation.decode_attention(qkv.contiguous(), cos.flatten(), sin.flatten(), keys, values, position)
+    cache, into = (cos.flatten(), sin.flatten(), keys, values, position), (scale, zero_point, bits)
+    return implementation.decode_attention(qkv.contiguous(), *cache, *into)
 
 
 @decode_attention.register_fake
-def _(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+def _(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    bits: int = 0,
+) -> Tensor:
     _check_attention(qkv, cos, sin, keys, values, position)
-    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]))
+    width = qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]
+    return qkv.new_empty((qkv.shape[0], width), dtype=qkv.dtype if scale is None else torch.int8)
 
 
 def gptq_columns(

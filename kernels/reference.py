@@ -98,11 +98,49 @@ def int4_linear(
     return y.to(out_dtype)
 
 
-def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+def norm_int4_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    packed: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    act_bits: int,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """The linear of norm(x) [M, K] in x's dtype; with an activation "gelu" or "swiglu" the codes of that, int8."""
+    codes = norm_quantize(x, norm_weight, norm_bias, eps, rms, act_scale, act_zero_point, act_bits)
+    y = int4_linear(codes, packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, None, x.dtype)
+    if not activation:
+        return y
+    assert out_scale is not None
+    assert out_zero_point is not None
+    return (swiglu_quantize if activation == "swiglu" else gelu_quantize)(y, out_scale, out_zero_point, out_bits)
+
+
+def decode_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    bits: int = 0,
+) -> Tensor:
     """Attention of one token a sequence to a cache that it first enters, at ``position`` (int64 [1]).
 
     qkv [B, (H + 2G) · E]; cos and sin of the position, [E], halves repeated; keys (rotated) and values [B, G, C, E].
-    Returns [B, H · E].
+    Returns [B, H · E]; where a static grid is given, its codes.
     """
     num_batch, num_groups, length, width = keys.shape
     heads = qkv.view(num_batch, -1, 1, width)  # [B, H + 2G, T = 1, E]
@@ -118,7 +156,11 @@ def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values
     visible = torch.arange(length, device=qkv.device) <= position[:, None]
     grouped = num_heads != num_groups
     y = functional.scaled_dot_product_attention(rotate(q), keys, values, attn_mask=visible, enable_gqa=grouped)
-    return y.to(qkv.dtype).reshape(num_batch, num_heads * width)
+    y = y.to(qkv.dtype).reshape(num_batch, num_heads * width)
+    if scale is None:
+        return y
+    assert zero_point is not None
+    return quantize_activation(y, scale, zero_point, bits)
 
 
 def gptq_columns(

@@ -4,10 +4,13 @@ A block of :mod:`lit_actreg.model` with its linears swapped alone still writes e
 tensor in floating point and reads it again to quantize it, and reads both sides of a residual sum. On a *static* grid
 a code depends on its own value only, so what produces the value can write the code itself:
 
-    codes  = norm_quantize(x)                  qkv    = W_qkv codes
+    codes  = quantize(norm(x))                 qkv    = W_qkv codes
     x     := x + W_attn attend(qkv)            the sum in the linear's epilogue; attend's output is quantized by itself
-    codes  = norm_quantize(x)                  hidden = W_in codes
-    codes  = gelu_quantize(hidden)             x     := x + W_proj codes
+    codes  = quantize(norm(x))                 hidden = W_in codes
+    codes  = quantize(gelu(hidden))            x     := x + W_proj codes
+
+Each line is two kernels, attention aside. Of one token that is generated each line with a norm is one, and attention
+writes codes: five kernels a block (:mod:`lit_actreg_kernels.norm_int4_linear`).
 
 Bytes moved besides weights, a token, bfloat16, width D, GELU with 4 D hidden: norm 5 D → 3 D (twice), activation
 20 D → 12 D, sums 6 D → 2 D (twice).
@@ -56,22 +59,19 @@ class Int4Block(Block):
         linears = [getattr(block, site) for site in SITES]
         return all(isinstance(linear, Int4Linear) and linear.act_scale is not None for linear in linears)
 
-    def norm_codes(self, norm: nn.Module, x_BTD: Tensor, linear: Int4Linear) -> Tensor:
-        """norm(x) on the linear's grid, int8 [B, T, D]."""
-        assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
-        assert norm.eps is not None
-        rms = isinstance(norm, nn.RMSNorm)
-        return ops.norm_quantize(x_BTD, norm.weight, None if rms else norm.bias, norm.eps, rms, *grid_of(linear))
-
     def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor]:
         qkv_linear, attn_proj, mlp_in, mlp_proj = (cast(Int4Linear, getattr(self, site)) for site in SITES)
-        activation_quantize = ops.gelu_quantize if self.config.style == "neox" else ops.swiglu_quantize
+        norm_1, norm_2 = cast(nn.LayerNorm, self.norm_1), cast(nn.LayerNorm, self.norm_2)
+        activation = "gelu" if self.config.style == "neox" else "swiglu"
 
-        qkv = qkv_linear.forward_codes(self.norm_codes(self.norm_1, x_BTD, qkv_linear), x_BTD.dtype)
-        x_BTD = attn_proj(self.attend(qkv, cos, sin, cache), residual=x_BTD)
-        hidden = mlp_in.forward_codes(self.norm_codes(self.norm_2, x_BTD, mlp_in), x_BTD.dtype)
-        codes = activation_quantize(hidden, *grid_of(mlp_proj))
+        qkv = qkv_linear.forward_norm(x_BTD, norm_1)
+        if cache is not None and x_BTD.shape[1] == 1:
+            codes = ops.decode_attention(qkv[:, 0], cos, sin, *cache, *grid_of(attn_proj))[:, None]
+            x_BTD = attn_proj.forward_codes(codes, x_BTD.dtype, residual=x_BTD)
+        else:
+            x_BTD = attn_proj(self.attend(qkv, cos, sin, cache), residual=x_BTD)
+        codes = mlp_in.forward_norm(x_BTD, norm_2, activation, mlp_proj)
         x_BTD = mlp_proj.forward_codes(codes, x_BTD.dtype, residual=x_BTD)
         return x_BTD, x_BTD.new_zeros(0, dtype=torch.float32)

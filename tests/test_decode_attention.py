@@ -3,7 +3,8 @@
 import pytest
 import torch
 from lit_actreg_kernels import decode_attention, ops, reference
-from quantizer_checks import DTYPES, on_device
+from lit_actreg_kernels.decode_attention import AttentionTile
+from quantizer_checks import DTYPES, on_device, static_grid
 from torch.nn import functional
 
 SHAPES = [(4, 4, 16, 64), (6, 2, 10, 70), (2, 1, 24, 200)]  # H, G, E, C; the last two with padding and groups
@@ -36,13 +37,24 @@ def test_kernel_is_the_reference(dtype, shape, splits):
         qkv, keys, values = sample(heads, groups, width, length, dtype)
         inputs = (qkv, cos[position], sin[position], keys, values, torch.tensor([position]))
         kept = on_device(*inputs)
-        found = decode_attention.decode_attention(*kept, splits=splits)
+        found = decode_attention.decode_attention(*kept, tile=AttentionTile(128 // splits, splits, splits))
         expected = reference.decode_attention(*inputs)
         # Sums of at most 200 float32 terms, then one rounding to dtype: the reference rounds its weights too.
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(found.cpu(), expected, rtol=2 * eps + 1e-5, atol=8 * eps + 1e-5)
         assert torch.equal(kept[4].cpu(), values)
         torch.testing.assert_close(kept[3].cpu(), keys, rtol=eps, atol=1e-6)  # a rotation of two products
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_codes_are_those_of_the_output(splits):
+    qkv, keys, values = sample(6, 2, 10, 70, torch.bfloat16)
+    cos, sin = angles(70, 10)
+    inputs, grid = on_device(qkv, cos[40], sin[40], keys, values, torch.tensor([40])), static_grid(0.3, -1.4)
+    tile = AttentionTile(splits=splits)
+    y = decode_attention.decode_attention(*inputs, tile=tile)
+    codes = decode_attention.decode_attention(*inputs, *on_device(*grid), 4, tile=tile)
+    assert torch.equal(codes.cpu(), reference.quantize_activation(y.cpu(), *grid, 4))
 
 
 def test_hidden_entries_are_not_read():

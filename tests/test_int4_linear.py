@@ -134,10 +134,13 @@ def test_no_tokens():
     assert run(tensors, torch.bfloat16).shape == (0, 8)
 
 
-def test_only_one_token_is_quantized_inside():
-    tensors, _ = problem(2, 8, 32)
-    with pytest.raises(AssertionError, match="quantize first"):
-        run(tensors | {"x": torch.randn(2, 32)}, torch.float32)
+@pytest.mark.parametrize("tile", [DECODE, SPLIT], ids=["decode", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantizing_inside_changes_nothing(tile, dtype):
+    tensors, _ = problem(9, 40, 300)
+    x = (torch.randn(9, 300) * 2).to(dtype)
+    codes = reference.quantize_activation(x, tensors["act_scale"][:1].view(1), tensors["act_zero_point"][:1].view(1), 4)
+    assert torch.equal(run(tensors | {"x": x}, torch.float32, tile), run(tensors | {"x": codes}, torch.float32, tile))
 
 
 BIG = Tile(128, 256, 64, 8, 4, hopper=True)
