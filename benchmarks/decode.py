@@ -1,12 +1,13 @@
-"""Decode: which kernels, tiles and launches serve few tokens fastest, beside bfloat16 in the same run (needs a GPU).
+"""Decode: the linear of few tokens, and a block of one, as a model runs them beside bfloat16 (needs a GPU).
 
-    python benchmarks/decode.py --cases linear            # M = 1, 16, 64: every variant of the linear
+    python benchmarks/decode.py --cases linear            # M = 1, 16, 64: codes in, and quantization included
     python benchmarks/decode.py --cases block             # one token through 24 blocks of the 1 B model
 
-Both compile on all cores first and check before they time: integers over tails and the codes of every bfloat16 number
-for equality with the reference, outputs as :mod:`harness` does, a block's output against that of separate launches. A
-line is a candidate, µs and speed-up over bfloat16, the fastest first. What wins goes into `choose_tile`,
-`choose_gemv_tile` and `AttentionTile`.
+Beside what the tables choose stands what it had to beat: launches of their own, and for one token the launch of the
+other kind (:mod:`lit_actreg_kernels.int4_gemv`). Kernels are compiled on all cores first and checked before they are
+timed: integers over tails and the codes of every bfloat16 number for equality with the reference, outputs as
+:mod:`harness` does, a block's output against that of separate launches. A line is a candidate, µs and speed-up over
+bfloat16, the fastest first. Tiles are searched by `int4_linear.py --quick`.
 """
 
 import argparse
@@ -18,15 +19,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import torch
 from harness import Candidate, CheckFailed, Timing, compile_in_parallel, has_gpu, measure, usable
-from int4_problem import Shape, bf16_candidate, check_integers, int4_candidate, make_problem, make_problems
+from int4_problem import (
+    TAILED_SHAPES,
+    Shape,
+    bf16_candidate,
+    check_integers,
+    int4_candidate,
+    make_problem,
+    make_problems,
+)
+from int4_tiles import chosen, on_hopper, tiles_to_check
 from lit_actreg_kernels import decode_attention, grid, int4_gemv, int4_linear, reference
-from lit_actreg_kernels.decode_attention import AttentionTile
 from lit_actreg_kernels.int4_gemv import GemvTile
-from lit_actreg_kernels.int4_linear import Tile
 from lit_actreg_kernels.module import Int4Linear
 from lit_actreg_plugins.int4_block import Int4Block
 from torch import Tensor
@@ -34,73 +43,24 @@ from torch import Tensor
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.model import Block, LayerCache, rotary_angles
 
+Row = dict[str, str | float]
+
 SHAPES = [(m, n, k) for m in (1, 16, 64) for n, k in ((4096, 4096), (11008, 4096), (8192, 8192))]
-GEMV = [(8192, 4), (16384, 4), (16384, 8), (32768, 8), (65536, 16)]  # bytes a program, warps
-SIXTEEN = [  # and whether the tile quantizes inside too
-    (Tile(16, 32, 256, 2, 4), False),
-    (Tile(16, 64, 256, 4, 4), False),
-    (Tile(16, 32, 256, 4, 4), True),
-    (Tile(16, 64, 256, 8, 3), True),
-    (Tile(16, 64, 256, 4, 3, split_k=2), True),
-    (Tile(16, 64, 128, 4, 4, split_k=4), True),
-    (Tile(16, 128, 128, 8, 4, split_k=4), True),
-    (Tile(16, 128, 128, 8, 4, split_k=2), True),
-    (Tile(16, 128, 128, 4, 4, split_k=4), True),
-    (Tile(16, 64, 128, 4, 4, split_k=8), True),
-]
-MORE = [
-    Tile(64, 64, 128, 4, 4),
-    Tile(64, 64, 256, 4, 3),
-    Tile(64, 64, 128, 4, 4, split_k=2),
-    Tile(64, 128, 128, 8, 3, split_k=2),
-    Tile(64, 128, 128, 4, 3, split_k=2),
-    Tile(64, 128, 128, 8, 3, split_k=4),
-    Tile(64, 128, 64, 4, 4, split_k=4),
-    Tile(64, 128, 256, 8, 2, split_k=2),
-]
 WIDTH, NUM_BLOCKS, LENGTH, POSITION = 1920, 24, 384, 255  # of the 1 B model of model_speed.py, in the middle of a text
-ATTENTION = [
-    AttentionTile(),
-    AttentionTile(64),
-    AttentionTile(128, 2),
-    AttentionTile(64, 3),
-    AttentionTile(32, 4),
-    AttentionTile(64, 2, splits=2),
-    AttentionTile(64, 2, splits=4),
-]
 
 
 def linear_candidates(shape: Shape) -> list[Candidate]:
-    """Baseline first; every tile in every way it can be used."""
-    m, _, k = shape
-    candidates = [bf16_candidate()]
-    if m == 1:
-        row = 1 << (k // 2 - 1).bit_length()
-        for step, num_warps in GEMV:
-            tile = GemvTile(max(1, step // row), num_warps)
-            for variant in (tile, replace(tile, dependent=True)):
-                candidates += [int4_candidate(variant, mode) for mode in ("fused", "codes")]
-        return [*candidates, int4_candidate(GemvTile(max(1, 8192 // row), 4), "separate")]
-    for tile, fused in SIXTEEN if m == 16 else [(tile, False) for tile in MORE]:
-        for variant in (tile, replace(tile, dependent=True)):
-            candidates += [int4_candidate(variant, mode) for mode in ("separate", *(("fused",) if fused else ()))]
-        candidates.append(int4_candidate(tile, "codes"))
-    return candidates
-
-
-def tiles_to_check(shape: Shape) -> list[Tile | GemvTile]:
-    """One of each kind of kernel."""
-    m, _, _ = shape
-    tiles: list[Tile | GemvTile] = []
-    if m == 1:
-        tiles += [GemvTile(4, 4), GemvTile(16, 8, dependent=True)]
-    if m <= 64:
-        tiles += [Tile(64, 128, 128, 8, 3, split_k=2), replace(SIXTEEN[6][0], dependent=True), SIXTEEN[5][0]]
-    return tiles
+    """Baseline first."""
+    codes_in, separate = (int4_candidate(chosen(shape), mode) for mode in ("codes", "separate"))
+    if shape[0] > 1:
+        return [bf16_candidate(), codes_in, separate]
+    fused = cast(GemvTile, chosen(shape, quantizes=True))
+    both = (fused, replace(fused, dependent=not fused.dependent)) if on_hopper() else (fused,)
+    return [bf16_candidate(), codes_in, *(int4_candidate(tile, "fused") for tile in both), separate]
 
 
 def check_codes() -> list[str]:
-    """What failed: products that quantize inside must equal those of the reference's codes, for every bfloat16 number.
+    """What failed: a product that quantizes inside must equal that of the reference's codes, for every bfloat16 number.
 
     The weight is the identity, so an output is one code on its way through the epilogue.
     """
@@ -113,12 +73,10 @@ def check_codes() -> list[str]:
     for scale, zero_point in ((0.0371, 0.3), (0.4, -1.0), (1e-3, 2.25), (0.25, 0.0)):
         static = torch.tensor([scale], device="cuda"), torch.tensor([zero_point], device="cuda")
         codes = reference.quantize_activation(numbers, *static, 4)
-        for tile, rows in ((GemvTile(16, 8), 1), (Tile(16, 128, 128, 8, 4, split_k=4), 16)):
-            for first in range(0, 16, rows):
-                x, q = numbers[first : first + rows], codes[first : first + rows]
-                found = int4_linear.int4_linear(x, packed, *static, *layer, tile=tile)
-                if not torch.equal(found, int4_linear.int4_linear(q, packed, *static, *layer, tile=tile)):
-                    failures.append(f"{tile} with grid {scale}, {zero_point}: codes differ from the reference's")
+        for x, q in zip(numbers.split(1), codes.split(1), strict=True):
+            found, expected = (int4_linear.int4_linear(given, packed, *static, *layer) for given in (x, q))
+            if not torch.equal(found, expected):
+                failures.append(f"grid {scale}, {zero_point}: codes differ from the reference's")
     return failures
 
 
@@ -150,42 +108,15 @@ def make_blocks(count: int) -> tuple[list[Block], list[Int4Block], list[LayerCac
 
 
 @contextlib.contextmanager
-def kernels(fused: bool, step: int, num_warps: int, dependent: bool, attention: AttentionTile) -> Iterator[None]:
-    """Kernels of this kind while it lasts: ``step`` is the bytes a program where it quantizes (8 KB where it does not).
-
-    Without ``fused`` norm and activation are launches of their own.
-    """
-
-    def tile(num_bytes: int, quantizes: bool) -> GemvTile:
-        rows = (step if quantizes else 8192) // (1 << (num_bytes - 1).bit_length())
-        return GemvTile(max(1, rows), num_warps if quantizes else 4, dependent)
-
-    attend = functools.partial(decode_attention.decode_attention, tile=replace(attention, dependent=dependent))
+def kernels(fused: bool, dependent: bool) -> Iterator[None]:
+    """Without ``fused`` norm and activation are launches of their own while it lasts, without ``dependent`` none is."""
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(int4_gemv, "choose_gemv_tile", tile))
-        patches.enter_context(mock.patch.object(decode_attention, "decode_attention", attend))
         if not fused:
             patches.enter_context(mock.patch.object(int4_gemv, "serves", return_value=False))
+        if not dependent:
+            for module in (int4_gemv, decode_attention):
+                patches.enter_context(mock.patch.object(module, "launches_dependent", return_value=False))
         yield
-
-
-def block_variants() -> dict[str, tuple[bool, int, int, bool, AttentionTile]]:
-    plain, pipelined, split = ATTENTION[0], ATTENTION[3], ATTENTION[6]
-    return {
-        "separate launches": (False, 8192, 4, False, plain),
-        "fused, 8 KB w4": (True, 8192, 4, False, plain),
-        "fused, 16 KB w4": (True, 16384, 4, False, plain),
-        "fused, 16 KB w8": (True, 16384, 8, False, plain),
-        "fused, 32 KB w8": (True, 32768, 8, False, plain),
-        "fused, 16 KB w8, attention 64 s3": (True, 16384, 8, False, pipelined),
-        "fused, 16 KB w8, attention 64 s2/4": (True, 16384, 8, False, split),
-        "separate launches, dependent": (False, 8192, 4, True, plain),
-        "fused, 8 KB w4, dependent": (True, 8192, 4, True, plain),
-        "fused, 16 KB w8, dependent": (True, 16384, 8, True, plain),
-        "fused, 32 KB w8, dependent": (True, 32768, 8, True, plain),
-        "fused, 16 KB w8, dependent, attention 64 s3": (True, 16384, 8, True, pipelined),
-        "fused, 16 KB w8, dependent, attention 64 s2/4": (True, 16384, 8, True, split),
-    }
 
 
 def run_blocks(
@@ -198,15 +129,18 @@ def run_blocks(
 
 
 def block_candidates(plain: list[Block], integer: list[Int4Block], inputs: tuple) -> list[Candidate]:
-    def candidate(name: str, arguments: tuple) -> Candidate:
+    """Baseline first, then what the others are checked against."""
+
+    def candidate(name: str, fused: bool, dependent: bool) -> Candidate:
         def call(_: None) -> Tensor:
-            with kernels(*arguments):
+            with kernels(fused, dependent):
                 return run_blocks(integer, inputs)
 
         return Candidate(name, call)
 
     baseline = Candidate("bf16, eager", lambda _: run_blocks(plain, inputs))
-    return [baseline, *(candidate(name, arguments) for name, arguments in block_variants().items())]
+    names = {"separate launches": (False, False), "fused": (True, False), "fused, dependent": (True, True)}
+    return [baseline, *(candidate(name, *how) for name, how in names.items())]
 
 
 def check_block(candidates: list[Candidate]) -> list[str]:
@@ -219,25 +153,6 @@ def check_block(candidates: list[Candidate]) -> list[str]:
         if not error < 0.02:
             failures.append(f"{candidate.name}: a block differs by {error:.2%} from separate launches")
     return failures
-
-
-def attention_candidates(caches: list[LayerCache], cos: Tensor, sin: Tensor) -> list[Candidate]:
-    """One call is the attention of all blocks."""
-    qkv = torch.randn(1, 3 * WIDTH, device="cuda", dtype=torch.bfloat16)
-    static = torch.tensor([0.4], device="cuda"), torch.tensor([-0.3], device="cuda"), 4
-    angles = cos.flatten(), sin.flatten()
-
-    def candidate(tile: AttentionTile) -> Candidate:
-        def call(_: None) -> Tensor:
-            for cache in caches:
-                y = decode_attention.decode_attention(qkv, *angles, *cache, *static, tile=tile)
-            return y
-
-        splits = f"/{tile.splits}" if tile.splits else ""
-        name = f"attention {tile.block} s{tile.num_stages}{splits}{' dependent' if tile.dependent else ''}"
-        return Candidate(name, call)
-
-    return [candidate(tile) for first in ATTENTION for tile in (first, replace(first, dependent=True))]
 
 
 @functools.lru_cache(maxsize=1)
@@ -263,49 +178,40 @@ def _compile(item: tuple[str, Shape, int]) -> None:
         if index < len(candidates):
             candidates[index].call(_problem(shape))
     else:
-        plain, integer, caches, token, cos, sin = _block()
-        candidates = block_candidates(plain, integer, (caches, token, cos, sin))
-        (candidates + attention_candidates(caches, cos, sin))[index].call(None)
+        plain, integer, *inputs = _block()
+        block_candidates(plain, integer, tuple(inputs))[index].call(None)
 
 
-def lines_of(
-    title: str, timings: list[Timing], count: int, keep: int
-) -> tuple[list[str], list[dict[str, str | float]]]:
-    """The ``keep`` fastest of each kind, per ``count`` units a call, and all of them as rows."""
+def lines_of(title: str, timings: list[Timing], count: int) -> tuple[list[str], list[Row]]:
+    """The table and its rows, both per one of the ``count`` units of a call."""
     baseline = timings[0]
-    rows: list[dict[str, str | float]] = [
+    rows: list[Row] = [
         {"case": title, "candidate": t.name, "us": round(t.median / count, 3), "us_p90": round(t.high / count, 3)}
         for t in timings
     ]
     lines = [f"{title}: {baseline.name} {baseline.median / count:.2f}"]
-    kinds: dict[tuple[str, ...], int] = {}
     for timing in sorted(timings[1:], key=lambda t: t.median):
-        kind = tuple(word for word in ("fused", "separate", "codes", "dependent") if word in timing.name)
-        kinds[kind] = kinds.get(kind, 0) + 1
-        if kinds[kind] <= keep:
-            lines.append(f"  {timing.name:48} {timing.median / count:7.2f} {baseline.median / timing.median:5.2f}x")
+        lines.append(f"  {timing.name:40} {timing.median / count:7.2f} {baseline.median / timing.median:5.2f}x")
     return lines, rows
 
 
-def time_linears(rounds: int) -> Iterator[tuple[list[str], list[dict[str, str | float]]]]:
+def time_linears(rounds: int) -> Iterator[tuple[list[str], list[Row]]]:
     for shape in SHAPES:
         problems = make_problems(shape)
         candidates = [candidate for candidate in linear_candidates(shape) if usable(candidate, problems[0])]
-        yield lines_of(str(shape), measure(candidates, problems, rounds), 1, keep=2)
+        yield lines_of(str(shape), measure(candidates, problems, rounds), 1)
         del problems
         torch.cuda.empty_cache()
 
 
-def time_blocks(rounds: int) -> Iterator[tuple[list[str], list[dict[str, str | float]]]]:
+def time_blocks(rounds: int) -> Iterator[tuple[list[str], list[Row]]]:
     one = _block()
     failures = check_block(block_candidates(one[0], one[1], one[2:]))
     if failures:
         sys.exit("\n".join(failures))
     plain, integer, *inputs = make_blocks(NUM_BLOCKS)
     timings = measure(block_candidates(plain, integer, tuple(inputs)), [None], rounds)
-    yield lines_of("block of one token", timings, NUM_BLOCKS, keep=99)
-    caches, _, cos, sin = inputs
-    yield lines_of("attention", measure(attention_candidates(caches, cos, sin), [None], rounds), NUM_BLOCKS, keep=99)
+    yield lines_of("block of one token", timings, NUM_BLOCKS)
 
 
 @torch.no_grad()
@@ -319,15 +225,13 @@ def main() -> None:
     if not has_gpu():
         sys.exit("this benchmark needs a CUDA GPU: none is visible")
     items: list[tuple[str, Shape, int]] = []
-    timers: list[Callable[[int], Iterator[tuple[list[str], list[dict[str, str | float]]]]]] = []
+    timers: list[Callable[[int], Iterator[tuple[list[str], list[Row]]]]] = []
     if "linear" in arguments.cases:
-        # Sizes are arguments: the other shapes need no other kernels, but for a row's length in that of one token.
-        compiled = ((1, 4096, 4096), (1, 8192, 8192), (16, 4096, 4096), (64, 4096, 4096))
-        items += [("linear", shape, i) for shape in compiled for i in range(1, 64)] + [("codes", (0, 0, 0), 0)]
-        items += [("integers", shape, 0) for shape in ((1, 33, 96), (1, 4099, 4096), (3, 65, 78), (17, 31, 130))]
+        items += [("linear", shape, i) for shape in SHAPES for i in range(1, 5)] + [("codes", (0, 0, 0), 0)]
+        items += [("integers", shape, 0) for shape in TAILED_SHAPES]
         timers.append(time_linears)
     if "block" in arguments.cases:
-        items += [("block", (0, 0, 0), i) for i in range(1, len(block_variants()) + 1 + 2 * len(ATTENTION))]
+        items += [("block", (0, 0, 0), i) for i in range(1, 4)]
         timers.append(time_blocks)
     compile_in_parallel(_compile, items)  # forks: nothing may have touched CUDA before
     torch.manual_seed(0)
@@ -337,8 +241,10 @@ def main() -> None:
             failures = [*check_integers(tiles_to_check), *check_codes()]
         except (CheckFailed, RuntimeError) as error:
             failures = [str(error)[-300:]]
-        print("\n".join(f"WRONG: {failure}" for failure in failures) or "integers and codes are exact", flush=True)
-    rows: list[dict[str, str | float]] = []
+        if failures:
+            sys.exit("\n".join(failures))
+        print("integers and codes are exact", flush=True)
+    rows: list[Row] = []
     for timer in timers:
         for lines, found in timer(arguments.rounds):
             print("\n".join(lines), flush=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from harness import Candidate
 from int8_gemm import int8_linear
-from lit_actreg_kernels import act_quant, grid, int4_linear, ops, reference
+from lit_actreg_kernels import grid, int4_linear, ops, reference
 from lit_actreg_kernels.int4_gemv import GemvTile
 from lit_actreg_kernels.int4_linear import Tile
 from torch import Tensor
@@ -158,29 +158,22 @@ def int8_candidate(tile: Tile) -> Candidate:
 
 
 def int4_candidate(tile: Tile | GemvTile, mode: str) -> Candidate:
-    """``mode``: codes are given ("codes"), made by a launch before ("separate"), or in the product ("fused")."""
+    """``mode``: codes are given ("codes"), made by a launch before ("separate"), or by the product itself ("fused")."""
 
     def call(p: Problem) -> Tensor:
-        rest = (p.packed, *p.epilogue, None, None, torch.bfloat16)
         x = {"codes": p.codes, "fused": p.x}.get(mode)
-        if x is None and tile.dependent:
-            x = act_quant.quantize_activation(p.x, *p.grid, block=512, dependent=True)
-        elif x is None:
-            x = ops.quantize_activation(p.x, *p.grid)
-        return int4_linear.int4_linear(x, *rest, tile=tile)
+        x = ops.quantize_activation(p.x, *p.grid) if x is None else x
+        return int4_linear.int4_linear(x, p.packed, *p.epilogue, None, None, torch.bfloat16, tile=tile)
 
     return Candidate(f"w4a4 {mode} {describe(tile)}", call, linear_reference)
 
 
 def describe(tile: Tile | GemvTile) -> str:
-    dependent = " dependent" if tile.dependent else ""
     if isinstance(tile, GemvTile):
-        return f"gemv n{tile.block_n} w{tile.num_warps}{dependent}"
+        return f"gemv n{tile.block_n} w{tile.num_warps}{' dependent' if tile.dependent else ''}"
     split = f"/{tile.split_k}" if tile.split_k > 1 else ""
     kernel = "hopper " if tile.hopper else ""
-    return (
-        f"{kernel}{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}{split}{dependent}"
-    )
+    return f"{kernel}{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}{split}"
 
 
 # The last one has more tiles than a persistent kernel has programs.

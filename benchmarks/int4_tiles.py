@@ -29,14 +29,11 @@ from lit_actreg_kernels.int4_linear import Tile
 
 TRITON_PREFILL = [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(64, 64, 128, 4, 4)]
 HOPPER_PREFILL = [Tile(128, 256, 64, 8, 4, hopper=True), Tile(128, 128, 64, 4, 4, hopper=True)]
-GEMV = [(4096, 4), (8192, 4), (16384, 4), (16384, 8), (32768, 8), (65536, 8), (65536, 16)]  # bytes a program, warps
+GEMV = [(4096, 4), (8192, 4), (16384, 4), (16384, 8), (32768, 8)]  # bytes a program, warps
 FEW = [  # M ≤ 16
     Tile(16, 16, 256, 2, 4),
     Tile(16, 32, 256, 2, 4),
     Tile(16, 64, 256, 4, 4),
-    Tile(16, 64, 256, 8, 4),
-    Tile(16, 64, 512, 4, 3),
-    Tile(16, 128, 256, 8, 3),
     Tile(16, 32, 256, 2, 4, split_k=2),
     Tile(16, 64, 256, 4, 3, split_k=2),
 ]
@@ -44,9 +41,8 @@ MORE = [  # M ≤ 64
     Tile(64, 32, 256, 4, 3),
     Tile(64, 64, 128, 4, 4),
     Tile(64, 64, 256, 4, 3),
-    Tile(64, 64, 256, 8, 3),
     Tile(64, 64, 128, 4, 4, split_k=2),
-    Tile(64, 64, 256, 4, 3, split_k=2),
+    Tile(64, 64, 128, 4, 4, split_k=4),
     Tile(64, 128, 128, 8, 3, split_k=2),
 ]
 
@@ -57,9 +53,12 @@ def on_hopper() -> bool:
     return torch.cuda.get_device_capability() == (9, 0)
 
 
-def chosen(shape: Shape) -> Tile | GemvTile:
+def chosen(shape: Shape, quantizes: bool = False) -> Tile | GemvTile:
+    """What the tables take; one token's product differs where it ``quantizes``."""
     m, n, k = shape
-    return int4_gemv.choose_gemv_tile(k // 2, False) if m == 1 else int4_linear.choose_tile(m, n, k // 2, on_hopper())
+    if m > 1:
+        return int4_linear.choose_tile(m, n, k // 2, on_hopper())
+    return int4_gemv.choose_gemv_tile(torch.empty(n, k // 2, dtype=torch.uint8, device="cuda"), quantizes)
 
 
 def tiles_of(shape: Shape) -> list[Tile | GemvTile]:
@@ -68,13 +67,14 @@ def tiles_of(shape: Shape) -> list[Tile | GemvTile]:
     tiles: list[Tile | GemvTile]
     if m == 1:
         row = 1 << (k // 2 - 1).bit_length()
-        tiles = [GemvTile(max(1, step // row), num_warps) for step, num_warps in GEMV]
+        dependent = int4_gemv.launches_dependent(torch.device("cuda"), shape[1] * k // 2)
+        tiles = [chosen(shape, True), *(GemvTile(max(1, step // row), warps, dependent) for step, warps in GEMV)]
     elif m <= 64:
         tiles = [replace(tile, block_m=max(16, m)) for tile in (FEW if m <= 16 else MORE)]
     else:
         tiles = [*TRITON_PREFILL, *(HOPPER_PREFILL if on_hopper() else [])]
     first = chosen(shape)
-    return [first, *(tile for tile in tiles if tile != first)]
+    return list(dict.fromkeys([first, *tiles]))
 
 
 def tiles_to_check(shape: Shape) -> list[Tile | GemvTile]:
@@ -82,7 +82,8 @@ def tiles_to_check(shape: Shape) -> list[Tile | GemvTile]:
     m, _, k = shape
     tiles: list[Tile | GemvTile] = [TRITON_PREFILL[1]]
     if m == 1:
-        tiles += [GemvTile(4, 4), GemvTile(8, 8), GemvTile(16, 16)]
+        tiles += [GemvTile(4, 4), GemvTile(8, 8), GemvTile(16, 8)]
+        tiles += [GemvTile(16, 8, dependent=True)] if on_hopper() else []
     if m <= 16:
         tiles += [Tile(16, 32, 128, 2, 4), Tile(16, 64, 128, 4, 3, split_k=2)]
     if m <= 64:
@@ -106,17 +107,17 @@ def sweep_candidates(shape: Shape) -> list[Candidate]:
     return [bf16_candidate(), *codes_in, *yardsticks, static_candidate(), *norm_candidates()]
 
 
-def is_chosen(timing: Timing, default: str) -> bool:
-    return timing.name in [f"w4a4 {mode} {default}" for mode in MODES]
+def names_of_chosen(shape: Shape) -> list[str]:
+    return [f"w4a4 {mode} {describe(chosen(shape, mode == 'fused'))}" for mode in MODES]
 
 
-def worth_printing(timings: list[Timing], default: str, keep: int) -> list[Timing]:
+def worth_printing(timings: list[Timing], taken: list[str], keep: int) -> list[Timing]:
     """Of each mode the ``keep`` fastest tiles and the chosen one; all yardsticks and rows of whole layers."""
     shown: list[Timing] = []
     for mode in MODES:
         ours = [timing for timing in timings if timing.name.startswith(f"w4a4 {mode} ")]
         ours.sort(key=lambda timing: timing.median)
-        shown += ours[:keep] + [timing for timing in ours[keep:] if is_chosen(timing, default)]
+        shown += ours[:keep] + [timing for timing in ours[keep:] if timing.name in taken]
     return shown + [timing for timing in timings if not timing.name.startswith("w4a4 ")]
 
 
@@ -134,10 +135,10 @@ def sweep(
         baseline, *timings = measure(candidates, problems, rounds)
         medians = {timing.name: timing.median for timing in timings}
         floor = ceilings.floor(bytes_moved(shape, 1 if m > 64 else 2), 2 * m * n * k)
-        default = describe(chosen(shape))
+        taken = names_of_chosen(shape)
         lines.append(f"{shape} floor {floor:.1f} bf16 {baseline.median:.1f}")
-        for timing in worth_printing(timings, default, keep):
-            mark = " <- chosen" if is_chosen(timing, default) else ""
+        for timing in worth_printing(timings, taken, keep):
+            mark = " <- chosen" if timing.name in taken else ""
             against = medians[bf16_norm] if timing.name == fused_norm else baseline.median
             lines.append(f"  {timing.name:36} {timing.median:6.1f} {against / timing.median:.2f}x{mark}")
         for timing in (baseline, *timings):

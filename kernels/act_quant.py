@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.grid import code_range
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _BLOCK = 2048
 # A token of up to this many elements is kept in registers between the two passes of the per-token kernel.
@@ -88,12 +87,8 @@ def _static_kernel(
     num,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
-    DEPENDENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets, mask=offsets < num, other=0.0)
     codes = to_codes(x, tl.load(scale_ptr), tl.load(zero_point_ptr), Q_MIN, Q_MAX)
@@ -137,21 +132,13 @@ def num_warps_for(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-def quantize_activation(
-    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, block: int = _BLOCK, dependent: bool = False
-) -> Tensor:
-    """Codes int8 of contiguous x [..., K] on the grid of scale and zero point [1].
-
-    Args:
-        block: Elements a program.
-        dependent: A dependent launch (:mod:`.int4_gemv`).
-    """
+def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes int8 of contiguous x [..., K] on the grid of scale and zero point [1]."""
     codes = torch.empty_like(x, dtype=torch.int8)
     if x.numel():
         q_min, q_max = code_range(bits)
-        programs, launch = (triton.cdiv(x.numel(), block),), {"launch_pdl": True} if dependent else {}
-        rest = (x.numel(), q_min, q_max, dependent)
-        _static_kernel[programs](x, codes, scale, zero_point, *rest, BLOCK=block, num_warps=4, **launch)
+        programs = (triton.cdiv(x.numel(), _BLOCK),)
+        _static_kernel[programs](x, codes, scale, zero_point, x.numel(), q_min, q_max, BLOCK=_BLOCK, num_warps=4)
     return codes
 
 

@@ -12,38 +12,26 @@ arXiv 1805.02867). A long cache is split among several programs a head, whose (m
 The position is read on the device: the same launch serves every step, and a CUDA graph can hold it. Entries behind p
 are never read, so the time is that of the tokens there are and not of the cache's length.
 
-A static grid given, the output's codes leave instead of it, for the linear behind.
+A static grid given, the output's codes leave instead of it, for the linear behind. The launch is dependent on sm_90
+(:mod:`.int4_gemv`).
 
 The arithmetic is float32, q and k rounded to the cache's dtype after rotation as if unfused. E even; cos and sin
 float32 [E], halves repeated.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.act_quant import to_codes
 from lit_actreg_kernels.grid import code_range
+from lit_actreg_kernels.int4_gemv import launches_dependent
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+_BLOCK = 128  # entries a step: it waits for memory and for two reductions, so few long ones
 _CHUNK = 512  # entries that one program goes through before another one a head is worth a second launch
 _PROGRAMS = 256  # enough to fill a GPU
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@dataclass(frozen=True)
-class AttentionTile:
-    """How a program goes through the cache: entries a step, steps that are on their way at once, programs a head.
-
-    ``splits`` None is :func:`splits_for`; ``dependent`` a dependent launch (:mod:`.int4_gemv`).
-    """
-
-    block: int = 128  # a step waits for memory and for two reductions, so few long ones
-    num_stages: int = 1
-    splits: int | None = None
-    dependent: bool = False
 
 
 @triton.jit
@@ -89,7 +77,6 @@ def _attention_kernel(
     SPLITS: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
-    STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
@@ -126,7 +113,7 @@ def _attention_kernel(
     y = tl.where(split == 0, v.to(tl.float32), 0.0)
     chunk = tl.cdiv(length, SPLITS)
     end = tl.minimum((split + 1) * chunk, position)
-    for start in tl.range(split * chunk, end, BLOCK_C, num_stages=STAGES):
+    for start in tl.range(split * chunk, end, BLOCK_C, num_stages=1):  # a pipeline lost
         c = start + tl.arange(0, BLOCK_C)
         seen = (c < end)[:, None]
         k_ptrs = keys_ptr + c[:, None] * E + e_half[None, :]
@@ -184,9 +171,6 @@ def splits_for(num_heads: int, length: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-_TILE = AttentionTile()
-
-
 def decode_attention(
     qkv: Tensor,
     cos: Tensor,
@@ -197,21 +181,20 @@ def decode_attention(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     bits: int = 0,
-    tile: AttentionTile = _TILE,
 ) -> Tensor:
     """y [B, H · E] of qkv [B, (H + 2G) · E]; keys and values [B, G, C, E] get entry ``position`` (int64 [1]).
 
     Args:
         scale: Of a static grid of ``bits``, [1], as is zero_point: y is its codes then, int8.
-        tile: Another than usual (benchmark and tests).
     """
     num_batch, num_groups, length, width = keys.shape
     num_heads = qkv.shape[1] // width - 2 * num_groups
     y = qkv.new_empty((num_batch, num_heads * width), dtype=qkv.dtype if scale is None else torch.int8)
     q_min, q_max = (0, 0) if scale is None else code_range(bits)
     rows = num_batch * num_heads
-    splits = tile.splits or splits_for(rows, length)
-    launch = {"launch_pdl": True} if tile.dependent else {}
+    splits = splits_for(rows, length)
+    dependent = launches_dependent(qkv.device, 0)  # it reads no weights
+    launch = {"launch_pdl": True} if dependent else {}
     partial = qkv.new_empty((rows, splits, width + 2), dtype=torch.float32) if splits > 1 else y
     block_e = triton.next_power_of_2(width)
     _attention_kernel[(rows, splits)](
@@ -232,12 +215,11 @@ def decode_attention(
         E=width,
         BLOCK_HALF=max(1, block_e // 2),
         BLOCK_E=block_e,
-        BLOCK_C=tile.block,
+        BLOCK_C=_BLOCK,
         SPLITS=splits,
         Q_MIN=q_min,
         Q_MAX=q_max,
-        STAGES=tile.num_stages,
-        DEPENDENT=tile.dependent,
+        DEPENDENT=dependent,
         num_warps=8,
         **launch,
     )
@@ -253,7 +235,7 @@ def decode_attention(
             SPLITS=splits,
             Q_MIN=q_min,
             Q_MAX=q_max,
-            DEPENDENT=tile.dependent,
+            DEPENDENT=dependent,
             num_warps=4,
             **launch,
         )

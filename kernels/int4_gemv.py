@@ -21,15 +21,17 @@ as there are blocks, but a launch of its own costs more than the few instruction
 **What comes after.** The MLP's non-linearity is taken of an output where it is computed, once, and leaves as the next
 linear's codes. SwiGLU's row h of the gate and row h of the other half are in the same program.
 
-**Dependent launch** (`GemvTile.dependent`, sm_90). A kernel may start while the one before it in the stream still runs,
-and wait (`griddepcontrol.wait`) before it reads what that one writes. Weights, scales and norms are no kernel's output
-in a running model: they are asked for before the wait. The one after it may start when the wait is over, and not
-before, so that never more than two kernels hold registers.
+**Dependent launch** (:func:`launches_dependent`). A kernel may start while the one before it in the stream still runs,
+and wait (`griddepcontrol.wait`) before it reads what that one writes. What a running model never writes is asked for
+before the wait: weights with their scales and sums, bias, norm, output grid. Whoever writes such a tensor must not
+launch the product right behind. The grid of the activations is read after it: a token's own is the output of the kernel
+before. The one after this may start when the wait is over, and not before, so that never more than two hold registers.
 
 Shapes: x of a float dtype [K] or codes int8 [K]; packed int32 [N, W], the uint8 [N, P = 4 W] of :mod:`.int4_linear`
 seen as words; W ≤ 4096, P a multiple of 16 bytes. One weight scale a channel.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +45,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_WORDS = 4096  # a program holds the codes of a whole row in registers
+_MAX_DEPENDENT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,6 @@ def _gemv_kernel(
     added = weight_scale * 0.0
     if HAS_BIAS:
         added += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
-    act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
     if NORM:
         g_low = _columns(norm_weight_ptr, word, W, K, True).to(tl.float32)
         g_high = _columns(norm_weight_ptr, word, W, K, False).to(tl.float32)
@@ -194,6 +196,7 @@ def _gemv_kernel(
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
+    act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
     x_low, x_high = _columns(x_ptr, word, W, K, True), _columns(x_ptr, word, W, K, False)
     if HAS_RESIDUAL:
         added += tl.load(residual_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
@@ -234,10 +237,29 @@ def serves(num_tokens: int, packed: Tensor, num_groups: int) -> bool:
     return num_tokens == 1 and num_groups == 1 and aligned and num_bytes <= 4 * MAX_WORDS
 
 
-def choose_gemv_tile(num_bytes: int, quantizes: bool) -> GemvTile:
-    """The tile for rows of so many packed bytes: 8 KB a program, and 32 KB where each quantizes the token."""
+@functools.cache
+def _has_dependent_launch(device: torch.device) -> bool:
+    return device.type == "cuda" and not INTERPRETED and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def launches_dependent(device: torch.device, num_bytes: int) -> bool:
+    """Whether a decode kernel that reads so many bytes of weights is a dependent launch: on sm_90, up to 16 MB.
+
+    What is to be won is the latency of a launch, about a microsecond however much is read. Two kernels' programs on a
+    multiprocessor at once get in each other's way, and large weights lose more by that (docs/kernels.md). It was
+    measured on an H100 only.
+    """
+    return num_bytes <= _MAX_DEPENDENT_BYTES and _has_dependent_launch(device)
+
+
+def choose_gemv_tile(packed: Tensor, quantizes: bool) -> GemvTile:
+    """The tile for weights [N, P] uint8: up to 8 KB a program; where each quantizes the token, 16 rows up to 32 KB.
+
+    Fewer and larger programs quantize less often. Rows short of 2 KB stay at 16: 16 KB a program beat 32.
+    """
     step, num_warps = (32768, 8) if quantizes else (8192, 4)
-    return GemvTile(max(1, min(16, step // triton.next_power_of_2(num_bytes))), num_warps)
+    block_n = max(1, min(16, step // triton.next_power_of_2(packed.shape[1])))
+    return GemvTile(block_n, num_warps, launches_dependent(packed.device, packed.numel()))
 
 
 def int4_gemv(
@@ -266,7 +288,7 @@ def int4_gemv(
     num_columns, num_words = x.shape[1], num_bytes // 4
     quantizes, gated = x.is_floating_point(), activation is not None and activation.gated
     assert quantizes or (norm is None and activation is None)
-    tile = tile or choose_gemv_tile(num_bytes, quantizes)
+    tile = tile or choose_gemv_tile(packed, quantizes)
     block_n = max(2, tile.block_n) if gated else tile.block_n
     q_min, q_max = code_range(act_bits)
     out_min, out_max = code_range(activation.bits) if activation else (0, 0)

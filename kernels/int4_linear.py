@@ -29,21 +29,17 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.act_quant import to_code_bytes
-from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
 from lit_actreg_kernels.int4_gemv import serves as gemv_serves
 from lit_actreg_kernels.int4_tile import INTERPRETED, correct, finish, times_16, times_16_high, times_16_low
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @dataclass(frozen=True)
 class Tile:
     """What one program computes: block_m tokens × block_n outputs, block_k packed bytes (2 block_k columns) a step.
 
-    ``hopper`` selects the Gluon kernel of :mod:`.int4_hopper` (sm_90 only), which is not split over K; ``dependent`` a
-    dependent launch (:mod:`.int4_gemv`) of the others.
+    ``hopper`` selects the Gluon kernel of :mod:`.int4_hopper` (sm_90 only), which is not split over K.
     """
 
     block_m: int
@@ -53,12 +49,11 @@ class Tile:
     num_stages: int
     split_k: int = 1
     hopper: bool = False
-    dependent: bool = False
 
 
 @triton.jit
 def _linear_kernel(
-    x_ptr,
+    codes_ptr,
     packed_ptr,
     y_ptr,
     act_scale_ptr,
@@ -78,10 +73,6 @@ def _linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    Q_MIN: tl.constexpr,
-    Q_MAX: tl.constexpr,
-    DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -100,25 +91,16 @@ def _linear_kernel(
     steps = tl.cdiv(tl.cdiv(P, BLOCK_K), SPLIT_K)
     start = split * steps * BLOCK_K
     j = start + tl.arange(0, BLOCK_K)
-    low_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + j[:, None]
+    low_ptrs = codes_ptr + m.to(tl.int64)[None, :] * K + j[:, None]
     packed_ptrs = packed_ptr + n.to(tl.int64)[:, None] * P + j[None, :]
     m_inside, n_inside = (m < M)[None, :], (n < N)[:, None]
-    if QUANTIZE:
-        act_scale, zero_point = tl.load(act_scale_ptr), tl.load(act_zero_point_ptr)
-        inverse = tl.div_rn(1.0, act_scale)
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for base in range(start, min(start + steps * BLOCK_K, P), BLOCK_K):
-        # A byte past P reads as two zero codes, so what the low half of x holds there does not matter.
+        # A byte past P reads as two zero codes, so what the low half of the codes holds there does not matter.
         k = base + tl.arange(0, BLOCK_K)
         packed = tl.load(packed_ptrs, mask=n_inside if EVEN_K else n_inside & (k < P)[None, :], other=0)
         low = tl.load(low_ptrs, mask=m_inside if EVEN_K else m_inside & (k < K)[:, None], other=0)
         high = tl.load(low_ptrs + P, mask=m_inside if EVEN_K else m_inside & (k + P < K)[:, None], other=0)
-        if QUANTIZE:  # a column past K gets the code of zero, and its weights are zero
-            low = to_code_bytes(low, act_scale, inverse, zero_point, Q_MIN, Q_MAX, FMA=ASM).to(tl.int8)
-            high = to_code_bytes(high, act_scale, inverse, zero_point, Q_MIN, Q_MAX, FMA=ASM).to(tl.int8)
         acc = tl.dot(times_16_low(packed, ASM), low, acc, out_dtype=tl.int32)
         acc = tl.dot(times_16_high(packed), high, acc, out_dtype=tl.int32)
         low_ptrs += BLOCK_K
@@ -210,12 +192,11 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool)
             smallest GPUs.
     """
     if num_tokens <= 16:
-        return Tile(16, 32, 256, num_warps=2, num_stages=4, split_k=split_for(num_outputs, 32, num_bytes))
-    if num_tokens <= 64:
-        block_m = 32 if num_tokens <= 32 else 64
-        if hopper and num_outputs <= 4096:
-            return Tile(block_m, 32, 256, 4, 3, split_for(num_outputs, 32, num_bytes))
-        return Tile(block_m, 64, 128, 4, 4, split_for(num_outputs, 64, num_bytes))
+        split_k = split_for(triton.cdiv(num_outputs, 32), num_bytes, num_programs=64)
+        return Tile(16, 32, 256, num_warps=2, num_stages=4, split_k=split_k)
+    if num_tokens <= 64:  # two programs have room on a multiprocessor: 256 are one wave of an H100's 132
+        split_k = split_for(triton.cdiv(num_outputs, 64), num_bytes, num_programs=256)
+        return Tile(32 if num_tokens <= 32 else 64, 64, 128, num_warps=4, num_stages=4, split_k=split_k)
     # A multiprocessor has room for one program of 256 x 128 or for two of 128 x 128. With no more than half of the 132
     # busy smaller tiles spread the work over the others.
     wide = triton.cdiv(num_tokens, 128) * triton.cdiv(num_outputs, 256)
@@ -227,14 +208,13 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool)
     return Tile(64, 64, 128, num_warps=4, num_stages=4)
 
 
-def split_for(num_outputs: int, block_n: int, num_bytes: int) -> int:
-    """Parts of K so that about 64 programs read weights; no part below 1 KiB of a row."""
-    programs = triton.cdiv(num_outputs, block_n)
-    return max(1, min(8, 64 // programs, num_bytes // 1024))
+def split_for(num_tiles: int, num_bytes: int, num_programs: int) -> int:
+    """Parts of K for at most ``num_programs`` programs, where that is not below the tiles; none below 1 KiB a row."""
+    return max(1, min(8, num_programs // num_tiles, num_bytes // 1024))
 
 
 def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
-    """Whether the linear quantizes its own input: every program does all of it, so for one token and few weights."""
+    """Whether the linear quantizes its own input: every program does all of it, so it pays for one token only."""
     return gemv_serves(x.shape[0], packed, num_groups)
 
 
@@ -289,7 +269,6 @@ def int4_linear(
     if isinstance(tile, GemvTile) or (tile is None and gemv_serves(num_tokens, packed, num_groups)):
         int4_gemv(x, packed, *epilogue, y, act_bits, tile=tile)
         return y
-    quantizes = x.is_floating_point()
     hopper = hopper_kernel(x.device)
     serves = hopper is not None and num_groups == 1 and hopper.serves(x, packed)
     tile = tile or choose_tile(num_tokens, num_outputs, num_bytes, serves)
@@ -299,7 +278,7 @@ def int4_linear(
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
     }
-    assert not quantizes or (num_groups == 1 and not tile.hopper), "this kernel takes codes"
+    assert x.dtype == torch.int8, "these kernels take codes"
     if num_groups > 1:
         group_size = num_columns // num_groups
         block_k = min(128, max(32, triton.next_power_of_2(group_size)))
@@ -330,7 +309,6 @@ def int4_linear(
         block = (tile.block_m, tile.block_n, tile.block_k)
         hopper.int4_prefill(x, packed, *epilogue, y, block, tile.num_warps, tile.num_stages)
         return y
-    q_min, q_max = code_range(act_bits)
     split_k = tile.split_k
     partial, tickets = None, None
     if split_k > 1:
@@ -351,10 +329,6 @@ def int4_linear(
         **options,
         EVEN_K=num_columns == 2 * num_bytes and num_bytes % tile.block_k == 0,
         SPLIT_K=split_k,
-        QUANTIZE=quantizes,
-        Q_MIN=q_min,
-        Q_MAX=q_max,
-        DEPENDENT=tile.dependent,
         ASM=not INTERPRETED,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -362,6 +336,5 @@ def int4_linear(
         GROUP_M=8,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **({"launch_pdl": True} if tile.dependent else {}),
     )
     return y

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from lit_actreg_kernels import decode_attention, ops, reference
-from lit_actreg_kernels.decode_attention import AttentionTile
 from quantizer_checks import DTYPES, on_device, static_grid
 from torch.nn import functional
 
@@ -30,14 +29,15 @@ def sample(heads, groups, width, length, dtype, num_batch=2):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "splits"), list(zip(SHAPES, (1, 2, 4), strict=True)))
-def test_kernel_is_the_reference(dtype, shape, splits):
+def test_kernel_is_the_reference(dtype, shape, splits, monkeypatch):
+    monkeypatch.setattr(decode_attention, "splits_for", lambda *_: splits)
     heads, groups, width, length = shape
     cos, sin = angles(length, width)
     for position in (0, length // 3, length - 1):
         qkv, keys, values = sample(heads, groups, width, length, dtype)
         inputs = (qkv, cos[position], sin[position], keys, values, torch.tensor([position]))
         kept = on_device(*inputs)
-        found = decode_attention.decode_attention(*kept, tile=AttentionTile(128 // splits, splits, splits))
+        found = decode_attention.decode_attention(*kept)
         expected = reference.decode_attention(*inputs)
         # Sums of at most 200 float32 terms, then one rounding to dtype: the reference rounds its weights too.
         eps = torch.finfo(dtype).eps
@@ -47,13 +47,13 @@ def test_kernel_is_the_reference(dtype, shape, splits):
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-def test_codes_are_those_of_the_output(splits):
+def test_codes_are_those_of_the_output(splits, monkeypatch):
+    monkeypatch.setattr(decode_attention, "splits_for", lambda *_: splits)
     qkv, keys, values = sample(6, 2, 10, 70, torch.bfloat16)
     cos, sin = angles(70, 10)
     inputs, grid = on_device(qkv, cos[40], sin[40], keys, values, torch.tensor([40])), static_grid(0.3, -1.4)
-    tile = AttentionTile(splits=splits)
-    y = decode_attention.decode_attention(*inputs, tile=tile)
-    codes = decode_attention.decode_attention(*inputs, *on_device(*grid), 4, tile=tile)
+    y = decode_attention.decode_attention(*inputs)
+    codes = decode_attention.decode_attention(*inputs, *on_device(*grid), 4)
     assert torch.equal(codes.cpu(), reference.quantize_activation(y.cpu(), *grid, 4))
 
 

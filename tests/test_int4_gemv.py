@@ -22,7 +22,7 @@ from lit_actreg_kernels.int4_gemv import _gemv_kernel
 
 def ptx(**constants):
     constants |= dict(HAS_BIAS=False, HAS_RESIDUAL=True, QUANTIZE=True, Q_MIN=-8, Q_MAX=7, ASM=True, BLOCK_W=512)
-    constants |= dict.fromkeys(("NORM", "RMS", "HAS_NORM_BIAS", "ACTIVATION", "GATED", "DEPENDENT"), False)
+    constants |= dict.fromkeys(("NORM", "RMS", "HAS_NORM_BIAS", "ACTIVATION", "GATED"), False)
     constants |= dict(OUT_MIN=-8, OUT_MAX=7, norm_weight_ptr=None, norm_bias_ptr=None, out_scale_ptr=None)
     constants |= dict(out_zero_point_ptr=None, bias_ptr=None)
     types = dict(x_ptr="*bf16", packed_ptr="*i32", y_ptr="*bf16", weight_sums_ptr="*i32", residual_ptr="*bf16")
@@ -34,7 +34,7 @@ def ptx(**constants):
     source = ASTSource(_gemv_kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in divisible})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
 
-print(json.dumps(ptx(BLOCK_N=16)))
+print(json.dumps([ptx(BLOCK_N=16, DEPENDENT=dependent) for dependent in (False, True)]))
 """
 
 
@@ -128,8 +128,22 @@ def test_serves_one_token_in_aligned_rows():
 @pytest.mark.parametrize("num_bytes", [16, 512, 2048, 4096, 5504, 16384])
 @pytest.mark.parametrize(("quantizes", "step"), [(False, 8192), (True, 32768)])
 def test_a_program_has_its_share_of_weights(num_bytes, quantizes, step):
-    tile = int4_gemv.choose_gemv_tile(num_bytes, quantizes)
+    tile = int4_gemv.choose_gemv_tile(torch.empty(3, num_bytes, dtype=torch.uint8), quantizes)
     assert tile.block_n in (1, 16) or step // 2 < tile.block_n * num_bytes <= step
+    assert not tile.dependent
+
+
+def test_dependent_launch_is_for_small_weights_on_one_kind_of_gpu(monkeypatch):
+    monkeypatch.setattr(int4_gemv, "INTERPRETED", False)
+    device = torch.device("cuda")
+    for capability in [(8, 0), (9, 0), (10, 0)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        int4_gemv._has_dependent_launch.cache_clear()
+        on_hopper = capability == (9, 0)
+        found = [int4_gemv.launches_dependent(device, n * k // 2) for n, k in ((4096, 4096), (11008, 4096))]
+        assert found == [on_hopper, False]
+    int4_gemv._has_dependent_launch.cache_clear()
+    assert not int4_gemv.launches_dependent(torch.device("cpu"), 0)
 
 
 def test_weights_are_on_their_way_before_the_token_is_quantized(tmp_path):
@@ -137,9 +151,9 @@ def test_weights_are_on_their_way_before_the_token_is_quantized(tmp_path):
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(result.stdout)
-    assert "mma" not in found
-    loads, _, rest = found.partition("div.rn.f32")
-    assert loads.count("ld.global.v4.b32") == 8  # 16 rows of 2 KiB, 16 bytes a thread of 256
-    assert "ld.global.v4" not in rest
-    assert "dp4a" in rest
+    for found, border in zip(json.loads(result.stdout), ("div.rn.f32", "griddepcontrol.wait"), strict=True):
+        assert "mma" not in found
+        loads, _, rest = found.partition(border)
+        assert loads.count("ld.global.v4.b32") == 8  # 16 rows of 2 KiB, 16 bytes a thread of 256
+        assert "ld.global.v4" not in rest
+        assert "dp4a" in rest
