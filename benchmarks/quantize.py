@@ -37,6 +37,7 @@ from lit_actreg.quantize import StageClock, float_block, quantize_model
 
 logger = logging.getLogger("benchmark")
 
+METHODS: dict[str, type[GPTQ | RTN]] = {"GPTQ": GPTQ, "RTN": RTN}
 SIZES = {  # the paper's block: 12 · layers · width² weights in linears, and the embedding
     "10m": (ModelConfig(num_layers=4, width=384, num_heads=6, context=2048), 8192),
     "100m": (ModelConfig(num_layers=12, width=768, num_heads=12, context=2048), 32768),
@@ -50,15 +51,25 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
-def random_model(size: str, device: torch.device) -> Decoder:
+def random_model(shape: tuple[ModelConfig, int], device: torch.device) -> Decoder:
     """A model in host memory, with weights drawn on the device: a CPU takes long to draw a billion numbers."""
-    config, vocab_size = SIZES[size]
+    config, vocab_size = shape
     with device:
         model = Decoder(config, QuantConfig(), vocab_size)
     model = model.requires_grad_(False).cpu()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model
+
+
+def load_libraries(method: str, device: torch.device) -> None:
+    """Quantizes a tiny model: the GPU's context, its solver and kernels are no memory of the job that is measured."""
+    config = ModelConfig(num_layers=1, width=128, num_heads=2, context=64)
+    batches = [torch.zeros(2, 64, dtype=torch.int64)]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        quantize_model(
+            random_model((config, 256), device), METHODS[method](), batches, Path(folder) / "a", device=device
+        )
 
 
 def parts_of_a_block(model: Decoder, quantizer: GPTQ, batches: list[torch.Tensor], device: torch.device) -> None:
@@ -95,7 +106,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
     parser.add_argument("--context", type=int, default=512, help="tokens of a calibration sequence")
     parser.add_argument("--batch", type=int, default=4, help="sequences a batch")
-    parser.add_argument("--method", choices=["GPTQ", "RTN"], default="GPTQ")
+    parser.add_argument("--method", choices=list(METHODS), default="GPTQ")
     parser.add_argument("--group_size", type=int, default=None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -103,14 +114,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(relativeCreated)7.0f ms  %(message)s")
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    # What is loaded once, whatever is quantized: the GPU's context, the solver, the operators.
-    GPTQ().quantize_weight(torch.randn(8, 8, device=device), torch.eye(8, device=device))
+    load_libraries(options.method, device)
     logger.info("%s is ready", name)
 
     before = resident()
-    model = random_model(options.size, device)
+    model = random_model(SIZES[options.size], device)
     logger.info("model: %.0f M parameters in host memory", model.num_parameters() / 1e6)
-    quantizer = GPTQ(4, options.group_size) if options.method == "GPTQ" else RTN(4, options.group_size)
+    quantizer = METHODS[options.method](4, options.group_size)
     num_batches = max(1, options.tokens // (options.batch * options.context))
     generator = torch.Generator().manual_seed(0)
     shape = (num_batches, options.batch, options.context)

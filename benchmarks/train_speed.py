@@ -40,7 +40,7 @@ from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
 STEPS = 4
 # as the callback has them
 KURTOSIS = LossTerm(partial(token_kurtosis, every_nth_token=4), tap=partial(tap_token_kurtosis, every_nth_token=4))
-KURTOSIS_WEIGHT = 1e-5
+KURTOSIS_WEIGHT = 1e-4
 # Blocks, width, heads, tied embeddings, vocabulary, sequences, context; batches that fit 80 GB in every variant
 SIZES = {
     "tiny": (2, 32, 2, True, 300, 2, 16),

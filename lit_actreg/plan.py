@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_actreg.compressed_tensors import WeightFormat
@@ -72,6 +73,11 @@ def plan_layers(model: Decoder, quantizer: Quantizer, quant: QuantConfig) -> lis
     return layers
 
 
+def pinned_bytes(num_bytes: int) -> int:
+    """What a tensor takes in host memory: beside a GPU it is pinned, and the pinned allocator gives powers of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes and torch.cuda.is_available() else num_bytes
+
+
 def memory_estimate(model: Decoder, quantizer: Quantizer, calibration: Sequence[Tensor]) -> dict[str, int]:
     """Expected memory in bytes, term by term; the job never needs more than their sum.
 
@@ -79,14 +85,13 @@ def memory_estimate(model: Decoder, quantizer: Quantizer, calibration: Sequence[
     """
     shapes = [getattr(model.blocks[0], site).weight.shape for site in SITES]
     num_weights, largest = sum(n * k for n, k in shapes), max(k for _, k in shapes)
-    num_tokens = sum(ids.numel() for ids in calibration)
     batch_tokens = max((ids.numel() for ids in calibration), default=0)
     return {
         "host_model": 4 * model.num_parameters(),
         "host_codes": len(model.blocks) * num_weights,
         # the file's tensors, made beside the codes when all blocks are done
         "host_file": (len(model.blocks) * num_weights * (quantizer.bits if quantizer.bits in (4, 8) else 8)) // 8,
-        "host_hidden_states": 4 * num_tokens * model.config.width,
+        "host_hidden_states": sum(pinned_bytes(4 * ids.numel() * model.config.width) for ids in calibration),
         "device_block": 4 * num_weights,
         # Σ (N + 2K): every linear's output, its input and that on the grid
         "device_activations": 4 * batch_tokens * sum(n + 2 * k for n, k in shapes),

@@ -260,6 +260,7 @@ def quantize_model(
     artifact = Artifact(model.config, quant, model.vocab_size, outside, linears, report, options)
     with clock("artifact"):
         write_artifact(output, artifact, tokenizer, format, overwrite)
+    report["stage_seconds"]["artifact"] = round(clock.seconds["artifact"], 3)  # after the file: not in it
     shutil.rmtree(work.path)
     print_report(report)
     return report

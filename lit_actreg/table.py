@@ -54,7 +54,7 @@ def with_activations(quant: QuantConfig, bits: int) -> QuantConfig:
     """The same model's quantization with native activations (16), or with 4-bit ones: its clips, or per token."""
     if bits == 16:
         return replace(quant, activations="none")
-    return quant if quant.activations == "static" else replace(quant, activations="token")
+    return replace(quant, activations="static" if quant.activations in ("static", "clamp") else "token")
 
 
 def column(weights: str, activation_bits: int) -> str:
@@ -89,6 +89,10 @@ def fill_table(
     weights = ["W16", *(f"W{q.bits} {type(q).__name__}" for q in quantizers)]
     progress = tqdm(total=len(checkpoints) * len(weights) * 2, desc="table", unit="perplexity")
     for name, path in checkpoints.items():
+        if (activations := load_decoder(path).quant.activations) in ("rotated", "quest"):
+            raise ValueError(
+                f'{name} was trained with activations "{activations}", which no artifact holds: validate it'
+            )
         status = path.stat()
         file = [str(path.resolve()), status.st_mtime, status.st_size]
         if known.get(name, {}).get("file") != file:

@@ -202,5 +202,12 @@ def test_clamping_with_the_clips_of_another_fit(corpus, tmp_path):
 def test_clips_of_a_fit_that_has_none_are_refused(corpus, tmp_path):
     plain = run(corpus, ClipSchedule(), steps=1, quant=QuantConfig(activations="none"))
     plain.trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(ValueError, match=r"clips\.from_checkpoint .* has no clips"):
+    with pytest.raises(ValueError, match=r"clips\.from_checkpoint .* has no clips \(activations"):
         run(corpus, ClipSchedule(from_checkpoint=tmp_path / "plain.ckpt"), steps=1)
+    partly = run(corpus, ClipSchedule(), steps=1, quant=QuantConfig(sites=["qkv", "mlp_in"]))
+    partly.trainer.save_checkpoint(tmp_path / "partly.ckpt")
+    with pytest.raises(ValueError, match=r"has no clips at \['attn_proj', 'mlp_proj'\]"):
+        run(corpus, ClipSchedule(from_checkpoint=tmp_path / "partly.ckpt"), steps=1)
+    engine = trainer([ClipSchedule(from_checkpoint=tmp_path / "partly.ckpt")], 1)
+    with pytest.raises(ValueError, match="is of another shape"):
+        engine.fit(lit_module(QuantConfig(sites=["qkv"]), style="llama"), datamodule=datamodule(corpus))

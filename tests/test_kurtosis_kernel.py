@@ -11,6 +11,10 @@ from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
 EPS = 1e-12
 
 
+# float32 where the Triton kernel runs under Inductor, which then writes into the incoming gradient
+WIDEST, TOLERANCE = (torch.float64, 1e-10) if DEVICE == "cpu" else (torch.float32, 1e-4)
+
+
 def outputs(*shape: int) -> torch.Tensor:
     """Skewed, with a mean: float64."""
     y = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -69,22 +73,26 @@ def test_the_right_output_gets_the_right_gradient_compiled_or_not(kept):
     def loss(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         y, first = tap_token_kurtosis(y * weight, kept, 2)
         z, second = tap_token_kurtosis(y @ y.transpose(-1, -2), kept)
-        return (y + y.sin()).sum() + z.square().sum() + 3 * first + 5 * second
+        x, third = tap_token_kurtosis(z.cos(), kept)
+        x = z + x  # as at a block's end: both get the same gradient
+        return (y + y.sin()).sum() + z.square().sum() + x.exp().sum() + 3 * first + 5 * second + 7 * third
 
     def plain(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         y = y * weight
         z = y @ y.transpose(-1, -2)
-        return (y + y.sin()).sum() + z.square().sum() + 3 * token_kurtosis(y, 2) + 5 * token_kurtosis(z)
+        x = z + z.cos()
+        penalties = 3 * token_kurtosis(y, 2) + 5 * token_kurtosis(z) + 7 * token_kurtosis(z.cos())
+        return (y + y.sin()).sum() + z.square().sum() + x.exp().sum() + penalties
 
-    arguments = outputs(2, 6, 5).requires_grad_(), outputs(5).requires_grad_()
+    arguments = tuple((outputs(*s) / 4).to(DEVICE, WIDEST).requires_grad_() for s in ((2, 6, 5), (5,)))
     expected = torch.autograd.grad(plain(*arguments), arguments)
     for function in (loss, torch.compile(loss, fullgraph=True)):
         found = torch.autograd.grad(function(*arguments), arguments)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_a_gradient_that_is_shared_stays_as_it_is():
-    y = outputs(1, 4, 6).requires_grad_()
+    y = outputs(1, 4, 6).to(DEVICE, WIDEST).requires_grad_()
     z, kappa = tap_token_kurtosis(y, True)
     shared = torch.ones_like(z)
     torch.autograd.grad((z, kappa), y, (shared, torch.ones_like(kappa)))

@@ -43,11 +43,11 @@ def checkpoint(path: Path, activations: str) -> Path:
 
 
 def test_columns_are_what_their_names_say(tmp_path, data):
-    paths = {name: checkpoint(tmp_path / f"{name}.ckpt", name) for name in ("static", "none")}
+    paths = {name: checkpoint(tmp_path / f"{name}.ckpt", name) for name in ("static", "clamp", "none")}
     results = fill_table(paths, [RTN(bits=4)], data, tmp_path / "table", 256, CPU, lambda model: model)
     for name, row in results.items():
         model = load_decoder(paths[name])
-        for bits, activations in ((16, "none"), (4, "static" if name == "static" else "token")):
+        for bits, activations in ((16, "none"), (4, "token" if name == "none" else "static")):
             model.set_activations(QuantConfig(activations=activations))  # type: ignore[arg-type]
             assert row[f"W16A{bits}"] == pytest.approx(perplexity(model, data.val_dataloader(), CPU), rel=1e-6)
         artifact = read_artifact(tmp_path / "table" / f"{name}-w4-rtn")
@@ -56,6 +56,12 @@ def test_columns_are_what_their_names_say(tmp_path, data):
         assert len({round(value, 6) for value in row.values()}) == 4, "columns that ought to differ are equal"
     assert "W4A16 RTN" in write_table(results, tmp_path / "table")
     assert (tmp_path / "table" / "table.png").stat().st_size > 0
+
+
+def test_a_rotation_is_refused(tmp_path, data):
+    paths = {"ours": checkpoint(tmp_path / "ours.ckpt", "quest")}
+    with pytest.raises(ValueError, match='ours was trained with activations "quest", which no artifact holds'):
+        fill_table(paths, [RTN(bits=4)], data, tmp_path / "table", 256, CPU, lambda model: model)
 
 
 def test_what_is_known_is_not_computed_again(tmp_path, data, monkeypatch):

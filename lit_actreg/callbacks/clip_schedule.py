@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_actreg.checkpoint import load_lightning_checkpoint
-from lit_actreg.config import SITES
+from lit_actreg.config import SITES, as_plain
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.parallel import local, whole
 from lit_actreg.quant.clips import ClipMethod, initial_clips
@@ -100,12 +100,16 @@ class ClipSchedule(Callback):
         if self.from_checkpoint is None or trainer.global_step > 0:
             return
         checkpoint, path = load_lightning_checkpoint(self.from_checkpoint), self.from_checkpoint
-        if (mode := checkpoint["hyper_parameters"]["quant"]["activations"]) not in ("static", "clamp"):
+        saved = checkpoint["hyper_parameters"]
+        if saved["quant"]["activations"] not in ("static", "clamp"):
+            mode = saved["quant"]["activations"]
             raise ValueError(f'clips.from_checkpoint {path} has no clips (activations "{mode}"): name a fit with QAT')
+        if missing := set(pl_module.quant.sites) - set(saved["quant"]["sites"]):
+            raise ValueError(f"clips.from_checkpoint {path} has no clips at {sorted(missing)}: name a fit that has")
+        if saved["shape"] != as_plain(pl_module.shape):
+            raise ValueError(f"clips.from_checkpoint {path} is of another shape: name a fit of this one")
         for name, parameter in pl_module.named_parameters():
             if "input_quantizer" in name:
-                if name not in checkpoint["state_dict"]:
-                    raise ValueError(f"clips.from_checkpoint {path} has no {name}: name a fit of this shape")
                 parameter.fill_(checkpoint["state_dict"][name].item())  # with a number: the clip may be sharded
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
@@ -170,13 +174,14 @@ class ClipSchedule(Callback):
         """Clips, bits and learning rate to the logger, with one wait for the device."""
         named, step = self._quantizers(module), trainer.global_step
         clips = [whole(clip.detach()) for _, q in named for clip in (q.low, q.high)]
-        if trainer.logger is None or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         names = [f"clips_{end}_{name}" for name, _ in named for end in ("low", "high")]
         numbers = dict(zip(names, torch.cat(clips).tolist(), strict=True))
         numbers["clips/bits"] = float(self.bits_at(step, module.quant.activation_bits))
         numbers["clips/lr"] = self.lr_at(step, module)
-        trainer.logger.log_metrics(numbers, step)
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step)
 
     def _clips(self, module: LitLanguageModel) -> list[Tensor]:
         """Every c⁻, then every c⁺: [1] each. Of sharded ones what this rank holds; a pair lies on the same rank."""

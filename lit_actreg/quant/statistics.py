@@ -39,6 +39,8 @@ def token_kurtosis(y: Tensor, every_nth_token: int = 1, eps: float = 1e-12) -> T
 
 def tap_token_kurtosis(y: Tensor, kept: bool, every_nth_token: int = 1, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
     """y itself and its :func:`token_kurtosis`: a loss term's ``tap`` (:class:`lit_actreg.contracts.LossTerm`)."""
+    if y.is_cuda and y.dtype == torch.float64:  # no Triton kernel is that precise
+        return y, token_kurtosis(y, every_nth_token, eps)
     first = _first(y.shape[-2], every_nth_token)
     return training_ops.token_kurtosis(y, first, every_nth_token, eps, keep=not kept)
 
