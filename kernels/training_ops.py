@@ -10,11 +10,11 @@ and, not about quantization but as near to the linears:
     token_kurtosis            y → y, κ̄
 
 Each is a ``torch.library.triton_op`` whose backward is one too (kurtosis: an autograd.Function around two): eager
-PyTorch, activation checkpointing, DDP and FSDP2 see ordinary operators, torch.compile sees through them to the kernels, and launches these from the code it generates
-(called as an operator, each would cost some 40 µs of Python, more than the kernel itself takes on a small model). The
-body of an operator says its shapes to the compiler, too. Triton on a GPU (sm_80 or later), :mod:`.training_reference`
-elsewhere; float64 runs on the reference alone, on a CPU. Sums over tokens leave a backward as partial sums, one a
-program, and are added here, where the compiler fuses the additions.
+PyTorch, activation checkpointing, DDP and FSDP2 see ordinary operators, torch.compile sees through them to the kernels,
+and launches these from the code it generates (called as an operator, each would cost some 40 µs of Python, more than
+the kernel itself takes on a small model). The body of an operator says its shapes to the compiler, too. Triton on a GPU
+(sm_80 or later), :mod:`.training_reference` elsewhere; float64 runs on the reference alone, on a CPU. Sums over tokens
+leave a backward as partial sums, one a program, and are added here, where the compiler fuses the additions.
 
 Who edits a kernel of a backward pass clears the compiler's cache (``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``): its key
 does not know the kernels behind an operator.
