@@ -4,11 +4,22 @@ BIN := .venv/bin
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PLAIN := --model.quant.activations none --kurtosis.weight 0
 SEEDS := 1 2 3
+# Rows of the study: a fit each, with the options of its variable. Larger: STUDY_CONFIG=… STUDY_DATA="--data.source …"
+ROWS := plain kurtosis qat both clamp quest
+STUDY_CONFIG := configs/fit_demo.yaml
+STUDY_DATA :=
+ROW_plain := $(PLAIN)
+ROW_kurtosis := --model.quant.activations none
+ROW_qat := --kurtosis.weight 0
+ROW_both :=
+ROW_clamp = --model.quant.activations clamp --kurtosis.weight 0 --clips.lr 0 --clips.from_checkpoint $(call LAST,qat)
+ROW_quest := --model.quant.activations quest --kurtosis.weight 0
+LAST = $(RUN)/tensorboard/$(1)/checkpoints/last.ckpt
 # mypy does not follow an editable install's folder mapping; links under the packages' names do
 MYPY = mkdir -p build/mypy && ln -sfn ../../plugins build/mypy/lit_actreg_plugins && \
   ln -sfn ../../kernels build/mypy/lit_actreg_kernels && MYPYPATH=build/mypy $(BIN)/mypy
 
-.PHONY: help demo demo-seeds test test-slow test-gpu bench bench-train lint
+.PHONY: help demo demo-seeds study test test-slow test-gpu bench bench-train lint
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -44,6 +55,13 @@ demo-seeds: .venv/installed  ## the demo's models over three seeds, in one table
 	done; done
 	$(BIN)/lit-actreg table --config configs/table.yaml --calibration_tokens 32768 --output $(RUN)/table --checkpoints \
 	  "{$(foreach s,$(SEEDS),actreg-$(s): $(RUN)/tensorboard/actreg-$(s)/checkpoints/last.ckpt, plain-$(s): $(RUN)/tensorboard/plain-$(s)/checkpoints/last.ckpt$(if $(filter-out $(lastword $(SEEDS)),$(s)),$(comma)))}"
+
+study: .venv/installed  ## every row of the study and its table, here in small: docs/study.md
+	$(foreach row,$(ROWS),$(BIN)/lit-actreg fit --config $(STUDY_CONFIG) $(STUDY_DATA) $(ROW_$(row)) \
+	  --trainer.logger.init_args.save_dir $(RUN) --trainer.logger.init_args.name tensorboard \
+	  --trainer.logger.init_args.version $(row) && ) true
+	$(BIN)/lit-actreg table --config configs/table.yaml $(STUDY_DATA) --calibration_tokens 32768 --output $(RUN)/table \
+	  --checkpoints "{$(foreach row,$(filter-out quest,$(ROWS)),$(row): $(call LAST,$(row))$(comma))}"
 
 comma := ,
 
