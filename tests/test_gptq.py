@@ -5,6 +5,7 @@ import torch
 from lit_actreg_kernels import grid
 from lit_actreg_plugins.gptq import GPTQ, inverse_factor
 from lit_actreg_plugins.rtn import RTN
+from quantizer_checks import upward
 from small_models import correlated_inputs
 
 from lit_actreg.quant.weight_grid import dequantize_weight, relative_layer_error, weight_grid
@@ -46,9 +47,9 @@ def optimal_brain_surgery(weight, hessian, bits, symmetric, group_size, search, 
 def test_equals_optimal_brain_surgery_in_float64(symmetric, group_size, ordered, block_size):
     inputs = correlated_inputs(200, 24)
     hessian = inputs.T @ inputs / len(inputs)
-    weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    # A symmetric min-max grid puts its lowest weight on the edge between two codes, where the last bit decides.
-    search = "mse" if symmetric else "minmax"
+    weight = upward(torch.randn(10, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 6)
+    # min-max wherever its grid is of the weights as they were; one chosen on the way may have an edge at its lowest
+    search = "mse" if symmetric and group_size and not ordered else "minmax"
     expected = optimal_brain_surgery(weight, hessian, 4, symmetric, group_size, search, ordered, 0.01)
     quantizer = GPTQ(4, group_size, symmetric, search, ordered, 0.01, block_size)
     result = quantizer.quantize_weight(weight, hessian)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lit_actreg_kernels import gptq_columns, ops, reference
 from lit_actreg_plugins.gptq import GPTQ
-from quantizer_checks import DEVICE, on_device
+from quantizer_checks import DEVICE, on_device, upward
 
 from lit_actreg.quant.weight_grid import dequantize_weight, relative_layer_error, weight_grid
 
@@ -49,19 +49,19 @@ def test_what_the_operator_refuses():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("group_size", [None, 64])
-def test_gptq_on_a_gpu_is_gptq_on_a_cpu(group_size, ordered):
+@pytest.mark.parametrize(
+    ("group_size", "ordered", "symmetric"),
+    # grids chosen on the way, of columns already moved, cannot be kept off the edge that `upward` speaks of
+    [(None, True, True), (None, False, True), (64, True, True), (64, False, False)],
+)
+def test_gptq_on_a_gpu_is_gptq_on_a_cpu(group_size, ordered, symmetric):
+    """Last bits differ (a GPU's division by a number is a product): another code here and there, no other error."""
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(2000, 320, generator=generator) @ torch.randn(320, 320, generator=generator).triu()
-    hessian, weight = inputs.T @ inputs / 2000, torch.randn(72, 320, generator=generator)
-    quantizer = GPTQ(group_size=group_size, activation_order=ordered)
+    hessian, weight = inputs.T @ inputs / 2000, upward(torch.randn(72, 320, generator=generator), 64)
+    quantizer = GPTQ(group_size=group_size, activation_order=ordered, symmetric=symmetric)
     expected, found = quantizer.quantize_weight(weight, hessian), quantizer.quantize_weight(*on_device(weight, hessian))
-    # Last bits differ. A weight on the edge between two codes (a symmetric grid's lowest one is) then falls to the
-    # other side, and the rest of its row, which makes up for it, takes another path, with an error a tenth or so apart.
-    assert (found.codes.cpu() == expected.codes).all(1).float().mean() > 0.9
-    errors = [
-        relative_layer_error(weight, dequantize_weight(r.codes.cpu(), r.scale.cpu(), None), hessian)
-        for r in (expected, found)
-    ]
-    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+    assert (found.codes.cpu() != expected.codes).float().mean() < 0.005
+    dequantized = [dequantize_weight(r.codes, r.scale, r.zero_point).cpu() for r in (expected, found)]
+    errors = [relative_layer_error(weight, w_hat, hessian) for w_hat in dequantized]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
