@@ -1,8 +1,8 @@
 """The kernels as PyTorch operators (namespace ``lit_actreg``): reference on a CPU, Triton on a GPU, shapes for compile.
 
 Every operator but :func:`gptq_columns` is a ``torch.library.custom_op``, so torch.compile takes it whole (fullgraph)
-and CUDA graphs capture it.
-Which implementation runs depends on the tensors' device alone; a GPU older than sm_80 gets the reference and a warning.
+and CUDA graphs capture it. Which implementation runs depends on the tensors' device alone; a GPU older than sm_80 gets
+the reference and a warning.
 A mistake in the arguments raises a ValueError of one line, on every device and already while compiling.
 """
 
@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 from types import ModuleType
+from typing import Any
 
 import torch
 from lit_actreg_kernels import reference
@@ -196,29 +197,18 @@ def int4_linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """y [M, N] of codes int8 [M, K] and packed weights uint8 [N, P]; see :mod:`lit_actreg_kernels.reference`."""
+    residual = None if residual is None else residual.contiguous()
     rest = (packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, out_dtype)
     _check(codes.dtype == torch.int8, f"codes are {codes.dtype}: quantize the activations to int8 first")
     _check_linear(codes, *rest)
-    residual = None if residual is None else residual.contiguous()
-    rest = (packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, out_dtype)
     return _implementation(codes, "int4_linear").int4_linear(codes.contiguous(), *rest)
 
 
 @int4_linear.register_fake
-def _(
-    codes: Tensor,
-    packed: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    weight_scale: Tensor,
-    weight_sums: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def _(codes: Tensor, packed: Tensor, *rest: Any) -> Tensor:
     _check(codes.dtype == torch.int8, f"codes are {codes.dtype}: quantize the activations to int8 first")
-    _check_linear(codes, packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, out_dtype)
-    return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=out_dtype)
+    _check_linear(codes, packed, *rest)
+    return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=rest[-1])
 
 
 @torch.library.custom_op("lit_actreg::quantized_int4_linear", mutates_args=())
@@ -249,19 +239,9 @@ def quantized_int4_linear(
 
 
 @quantized_int4_linear.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    act_bits: int,
-    weight_scale: Tensor,
-    weight_sums: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def _(x: Tensor, packed: Tensor, act_scale: Tensor, act_zero_point: Tensor, act_bits: int, *rest: Any) -> Tensor:
     _check_grid(x, act_scale, act_zero_point, act_bits)
-    _check_linear(x, packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual, x.dtype)
+    _check_linear(x, packed, act_scale, act_zero_point, *rest, out_dtype=x.dtype)
     return x.new_empty((x.shape[0], packed.shape[0]))
 
 
