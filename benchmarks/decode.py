@@ -155,14 +155,9 @@ def check_block(candidates: list[Candidate]) -> list[str]:
     return failures
 
 
-@functools.lru_cache(maxsize=1)
-def _problem(shape: Shape):  # type: ignore[no-untyped-def]
-    return make_problem(*shape)
-
-
-@functools.lru_cache(maxsize=1)
-def _block():  # type: ignore[no-untyped-def]
-    return make_blocks(1)
+# one process compiles several variants of one problem
+_problem = functools.lru_cache(maxsize=1)(make_problem)
+_blocks = functools.lru_cache(maxsize=1)(make_blocks)
 
 
 @torch.no_grad()
@@ -176,9 +171,9 @@ def _compile(item: tuple[str, Shape, int]) -> None:
     elif case == "linear":
         candidates = linear_candidates(shape)
         if index < len(candidates):
-            candidates[index].call(_problem(shape))
+            candidates[index].call(_problem(*shape))
     else:
-        plain, integer, *inputs = _block()
+        plain, integer, *inputs = _blocks(1)
         block_candidates(plain, integer, tuple(inputs))[index].call(None)
 
 
@@ -205,7 +200,7 @@ def time_linears(rounds: int) -> Iterator[tuple[list[str], list[Row]]]:
 
 
 def time_blocks(rounds: int) -> Iterator[tuple[list[str], list[Row]]]:
-    one = _block()
+    one = _blocks(1)
     failures = check_block(block_candidates(one[0], one[1], one[2:]))
     if failures:
         sys.exit("\n".join(failures))

@@ -241,7 +241,8 @@ def quantized_int4_linear(
 @quantized_int4_linear.register_fake
 def _(x: Tensor, packed: Tensor, act_scale: Tensor, act_zero_point: Tensor, act_bits: int, *rest: Any) -> Tensor:
     _check_grid(x, act_scale, act_zero_point, act_bits)
-    _check_linear(x, packed, act_scale, act_zero_point, *rest, out_dtype=x.dtype)
+    arguments = (act_scale, act_zero_point, *rest, x.dtype)
+    _check_linear(x, packed, *arguments)
     return x.new_empty((x.shape[0], packed.shape[0]))
 
 
