@@ -312,9 +312,8 @@ def _check_activation(
 ) -> None:
     _check(activation in ("", "gelu", "swiglu"), f'activation {activation!r}: choose "gelu", "swiglu" or ""')
     if activation:
-        _check(scale is not None and zero_point is not None, f"{activation} is quantized: give the grid's out_scale")
-        assert scale is not None
-        assert zero_point is not None
+        if scale is None or zero_point is None:
+            raise ValueError(f"{activation} is quantized: give the grid's out_scale and out_zero_point")
         _check_grid(x, scale, zero_point, bits)
         _check(activation == "gelu" or packed.shape[0] % 2 == 0, "SwiGLU takes an even number of outputs")
 
