@@ -7,6 +7,7 @@ A new quantizer is one file with one subclass of :class:`Quantizer` and one entr
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,25 +18,30 @@ ENTRY_POINT_GROUP = "lit_actreg.plugins"
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A penalty on the outputs of the blocks' linears: coefficient(step) · Σ over blocks and sites of statistic(y).
+    """A penalty on the blocks' linears: coefficient(step) · Σ over blocks and sites of statistic(output or weight).
 
     Attributes:
-        statistic: Differentiable function of one linear's output [B, T, N] to a scalar. It runs inside the compiled,
-            possibly checkpointed block, so it is a pure function of its argument.
-        sites: The linears whose outputs it sees, named by their input site.
+        statistic: Differentiable function of one linear's output [B, T, N], or of its weight [N, K], to a scalar. It
+            runs inside the compiled, possibly checkpointed block, so it is a pure function of its argument.
+        sites: The linears that it sees, named by their input site.
         coefficient: Weight of the term at an optimizer step; evaluated outside the compiled region.
         tap: The statistic once more, for who wants to say how its gradient gets into y's: a function of y, and of
             whether y is kept for the backward pass anyway, to (y, statistic). The block goes on with the y returned,
-            and calls this instead of ``statistic``.
+            and calls this instead of ``statistic``. Of outputs only.
+        of: Whether the statistic is of outputs or of weights. A block computes both while it runs: there its weights
+            are whole also where they are sharded (FSDP2).
     """
 
     statistic: Callable[[Tensor], Tensor]
     sites: tuple[Site, ...] = SITES
     coefficient: Callable[[int], float] = lambda step: 1.0
     tap: Callable[[Tensor, bool], tuple[Tensor, Tensor]] | None = None
+    of: Literal["output", "weight"] = "output"
 
-    def look_at(self, y: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
+    def look_at(self, y: Tensor, weight: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
         """The y to go on with, and the statistic."""
+        if self.of == "weight":
+            return y, self.statistic(weight)
         return (y, self.statistic(y)) if self.tap is None else self.tap(y, kept)
 
 

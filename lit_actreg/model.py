@@ -1,9 +1,9 @@
 """The decoder: embeddings, pre-norm blocks of one of two styles, a final norm and the LM head. No Lightning in here.
 
 A block has four linears, named by their input site (in order "qkv", "attn_proj", "mlp_in", "mlp_proj"), and returns
-its output with a small vector of statistics of those linears' outputs, one number per loss term and site. Returning
-them, rather than collecting them in hooks, is what stays right under torch.compile, activation checkpointing and
-FSDP2 alike.
+its output with a small vector of statistics of those linears' outputs or weights, one number per loss term and site.
+Returning them, rather than collecting them in hooks, is what stays right under torch.compile, activation checkpointing
+and FSDP2 alike.
 
 Shapes: B sequences, T tokens, D width, H heads, K/V heads G, head width E, vocabulary V.
 """
@@ -104,12 +104,12 @@ class Block(nn.Module):
         return x_BTD, torch.stack([statistics[i, site] for i, t in enumerate(self.loss_terms) for site in t.sites])
 
     def look_at(self, site: Site, y: Tensor, statistics: dict[tuple[int, Site], Tensor]) -> Tensor:
-        """Notes the loss terms' statistics of a linear's output; returns the y to go on with."""
+        """Notes the loss terms' statistics of a linear and its output; returns the y to go on with."""
         # By attention, by the activation, and by the fused addition and norm; a plain addition keeps nothing.
         kept = site in ("qkv", "mlp_in") or (site == "attn_proj" and fuses(self.mlp_in, y))
         for i, term in enumerate(self.loss_terms):
             if site in term.sites:
-                y, statistics[i, site] = term.look_at(y, kept)
+                y, statistics[i, site] = term.look_at(y, getattr(self, site).weight, kept)
         return y
 
 
