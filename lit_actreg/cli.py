@@ -25,6 +25,7 @@ from lit_actreg.callbacks.kurtosis import KurtosisRegularization
 from lit_actreg.callbacks.loss_guard import LossGuard
 from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
 from lit_actreg.callbacks.throughput import Throughput
+from lit_actreg.callbacks.weight_penalty import WeightPenalty
 from lit_actreg.checkpoint import is_sharded, last_checkpoint, read_checkpoint_info, whole_or_before
 from lit_actreg.config import OptimConfig, QuantConfig, as_plain
 from lit_actreg.contracts import ENTRY_POINT_GROUP
@@ -70,6 +71,7 @@ class ActRegCLI(LightningCLI):
         parser.link_arguments("data.vocab_size", "model.vocab_size")
         parser.link_arguments("data.context", "model.shape.context")
         parser.add_lightning_class_args(KurtosisRegularization, "kurtosis")
+        parser.add_lightning_class_args(WeightPenalty, "weight_penalty")
         parser.add_lightning_class_args(ClipSchedule, "clips")
         parser.add_lightning_class_args(OutlierMonitor, "outliers")
         parser.add_lightning_class_args(LossGuard, "guard")

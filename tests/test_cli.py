@@ -81,6 +81,8 @@ def written() -> list[Path]:
         ("fit --model.quant.sites [qkv,head]", "Got value: head"),
         ("fit --clips.bits '{0: 1}'", r"clips\.bits \[1\] are out of range"),
         ("fit --kurtosis.weight -1", r"kurtosis\.weight -1\.0 is negative"),
+        ("fit --weight_penalty.weight -1", r"weight_penalty\.weight -1\.0 is negative"),
+        ("fit --weight_penalty.kind l3", r'"weight_penalty\.kind": Expected .*linf.*Got value: l3'),
         ("fit --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
         ("validate --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
         ("quantize --output out", "quantizer. is required"),
@@ -225,6 +227,7 @@ def test_help_names_the_options_and_what_they_mean(subcommand, capsys):
     [
         ("--model.quant.activation_bits=5", "activation_bits", "5"),
         ("--kurtosis.weight=0.5", "weight", "0.5"),
+        ("--weight_penalty.kind=linf", "kind", "linf"),
         ("--clips.bits={0: 16, 7: 8}", "'7'", "8"),
         ("--data.vocab_size=777", "vocab_size", "777"),
         ("--model.activation_checkpointing=true", "activation_checkpointing", "true"),

@@ -25,21 +25,26 @@ from small_models import text_ids
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.kurtosis import KurtosisRegularization
 from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
+from lit_actreg.callbacks.weight_penalty import WeightPenalty
 from lit_actreg.checkpoint import read_shards
 from lit_actreg.config import ModelConfig, QuantConfig
 from lit_actreg.contracts import LossTerm
 from lit_actreg.model import Decoder
 from lit_actreg.module import next_token_loss
 from lit_actreg.parallel import checkpoint_blocks, compile_blocks, shard, whole
-from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
+from lit_actreg.quant.statistics import kurtosis, tap_token_kurtosis, token_kurtosis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAMBDA = 1e-2
 ENGINES = ("eager", "accumulated", "checkpointed", "compiled")
 VARIANTS = {"16-bit": ("none", 0.0), "QAT": ("static", 0.0), "QAT + kurtosis": ("static", 1e-3)}
 STRATEGIES = ("ddp", "fsdp2")
-# One whose gradient is added in place, and one as a plugin might have it, a plain function of y.
-TERMS = (LossTerm(token_kurtosis, ("mlp_proj", "qkv"), tap=tap_token_kurtosis), LossTerm(token_kurtosis, ("mlp_in",)))
+# One whose gradient is added in place, one as a plugin might have it, a plain function of y, and one of weights.
+TERMS = (
+    LossTerm(token_kurtosis, ("mlp_proj", "qkv"), tap=tap_token_kurtosis),
+    LossTerm(token_kurtosis, ("mlp_in",)),
+    LossTerm(kurtosis, ("attn_proj", "qkv"), of="weight"),
+)
 RECIPE = {"style": "llama", "activation_checkpointing": True}
 
 
@@ -54,10 +59,10 @@ def decoder(style: str) -> Decoder:
 
 
 def reference_gradients(model: Decoder, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of cross-entropy + λ Σ kurtosis, from hooks and loops."""
+    """Of cross-entropy + λ Σ kurtosis of outputs and weights, from hooks and loops."""
     outputs: list[torch.Tensor] = []
     for block in model.blocks:
-        for site in (site for term in TERMS for site in term.sites):
+        for site in (site for term in TERMS for site in term.sites if term.of == "output"):
             getattr(block, site).register_forward_hook(lambda module, args, output: outputs.append(output))
     hidden, _ = model(batch[:, :-1])
     log_p = (hidden @ model.embedding.weight.t()).log_softmax(-1)
@@ -65,6 +70,10 @@ def reference_gradients(model: Decoder, batch: torch.Tensor) -> dict[str, torch.
     for output in outputs:
         tokens = [(y - y.mean()) for y in output.flatten(0, 1)]
         loss = loss + LAMBDA * sum((y**4).mean() / ((y**2).mean() ** 2 + 1e-12) for y in tokens) / len(tokens)
+    for block in model.blocks:
+        for weight in (block.attn_proj.weight, block.qkv.weight):
+            w = weight - weight.mean()
+            loss = loss + LAMBDA * (w**4).mean() / (w**2).mean() ** 2
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -134,9 +143,8 @@ def fit(
     clips = ClipSchedule(lr=1e-2, calibrate_steps=[0, 3] if calibrated else [])
     losses, monitor = Losses(), OutlierMonitor(every_n_steps=10, num_tokens=256)
     validation = {"limit_val_batches": 100, "val_check_interval": 10, "check_val_every_n_epoch": None}
-    engine = trainer(
-        [LopsidedClips(), KurtosisRegularization(weight), clips, monitor, losses], steps, **validation, **options
-    )
+    penalties = [KurtosisRegularization(weight), WeightPenalty(100 * weight)]
+    engine = trainer([LopsidedClips(), *penalties, clips, monitor, losses], steps, **validation, **options)
     torch.set_default_dtype(torch.float64)
     try:
         module = lit_module(QuantConfig(activations=activations), **(model or {}))

@@ -69,6 +69,11 @@ def kurtosis(x: Tensor) -> Tensor:
     return squares.square().mean() / squares.mean().square().clamp(min=1e-30)
 
 
+def row_maximum(weight: Tensor) -> Tensor:
+    """Mean over rows of max |w|, which sets the scale of a symmetric grid a row: weight [N, K] → scalar."""
+    return _wide(weight).abs().amax(-1).mean()
+
+
 def rounding_error(weight: Tensor, bits: int) -> Tensor:
     """‖Ŵ − W‖² / ‖W‖² of round-to-nearest with one symmetric scale a row: the migration measure; weight [N, K]."""
     weight = _wide(weight)
