@@ -5,13 +5,15 @@ RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PLAIN := --model.quant.activations none --kurtosis.weight 0
 SEEDS := 1 2 3
 # Rows of the study: a fit each, with the options of its variable. Larger: STUDY_CONFIG=… STUDY_DATA="--data.source …"
-ROWS := plain kurtosis qat both clamp quest
+ROWS := plain kurtosis qat both weight_kurtosis weight_norm clamp quest
 STUDY_CONFIG := configs/fit_demo.yaml
 STUDY_DATA :=
 ROW_plain := $(PLAIN)
 ROW_kurtosis := --model.quant.activations none
 ROW_qat := --kurtosis.weight 0
 ROW_both :=
+ROW_weight_kurtosis := --kurtosis.weight 0 --weight_penalty.kind kurtosis --weight_penalty.weight 1
+ROW_weight_norm := --kurtosis.weight 0 --weight_penalty.kind linf --weight_penalty.weight 1
 ROW_clamp = --model.quant.activations clamp --kurtosis.weight 0 --clips.lr 0 --clips.from_checkpoint $(call LAST,qat)
 ROW_quest := --model.quant.activations quest --kurtosis.weight 0
 LAST = $(RUN)/tensorboard/$(1)/checkpoints/last.ckpt
