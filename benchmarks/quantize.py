@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,9 +63,9 @@ def random_model(shape: tuple[ModelConfig, int], device: torch.device) -> Decode
     return model
 
 
-def load_libraries(method: str, device: torch.device) -> None:
-    """Quantizes a tiny model: the GPU's context, its solver and kernels are no memory of the job that is measured."""
-    config = ModelConfig(num_layers=1, width=128, num_heads=2, context=64)
+def load_libraries(size: str, method: str, device: torch.device) -> None:
+    """Quantizes one block: a GPU's context and the kernels and solvers of these widths are no memory of the job."""
+    config = replace(SIZES[size][0], num_layers=1)
     batches = [torch.zeros(2, 64, dtype=torch.int64)]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         quantize_model(
@@ -114,7 +115,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(relativeCreated)7.0f ms  %(message)s")
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    load_libraries(options.method, device)
+    load_libraries(options.size, options.method, device)
     logger.info("%s is ready", name)
 
     before = resident()
@@ -130,11 +131,13 @@ def main() -> None:
         output = Path(folder) / "artifact"
         dry = quantize_model(model, quantizer, batches, output, device=device, dry_run=True)
         logger.info("dry run: %.1f s expected; now the job", dry["expected_seconds"])
+        logger.info("%.0f MiB of host memory so far", (resident() - before) / 2**20)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
         report = quantize_model(model, quantizer, batches, output, device=device)
         seconds = time.perf_counter() - started
+        logger.info("%.0f MiB of host memory at the end", (resident() - before) / 2**20)
         size = (output / "model.safetensors").stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     terms = report["memory_bytes"]

@@ -1,6 +1,6 @@
 """What QAT and kurtosis regularization cost a training step (the paper's Table 4, arXiv 2404.03605), on one GPU.
 
-    python benchmarks/train_speed.py [--size 98m|125m|1b] [--rounds 8] [--profile]
+    python benchmarks/train_speed.py [--size 98m|125m|1b] [--sequences N] [--rounds 8] [--profile]
     python benchmarks/train_speed.py --size tiny --device cpu          # shows that it works; its times mean nothing
 
 Method: one model, one optimizer, one batch of random tokens; a variant is a setting of the model, so all share weights
@@ -80,8 +80,9 @@ VARIANTS = (PLAIN, FORMULA, FUSED, KURTOTIC)
 class Trainee:
     """The model, its optimizer and its batch on one device."""
 
-    def __init__(self, size: str, device: str) -> None:
-        layers, width, heads, tied, vocab_size, num_sequences, context = SIZES[size]
+    def __init__(self, size: str, device: str, num_sequences: int | None) -> None:
+        layers, width, heads, tied, vocab_size, default, context = SIZES[size]
+        num_sequences = num_sequences or default
         torch.manual_seed(0)
         self.config = ModelConfig(num_layers=layers, width=width, num_heads=heads, context=context, tie_embeddings=tied)
         self.device = device
@@ -240,11 +241,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="98m")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--sequences", type=int, help="in a step, instead of the size's own number")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--profile", action="store_true", help="print the 15 longest kernels of every variant")
     args = parser.parse_args()
     start = time.perf_counter()
-    trainee = Trainee(args.size, args.device)
+    trainee = Trainee(args.size, args.device, args.sequences)
     if wrong := check_gradients(trainee):
         print("REFUSED: " + "; ".join(wrong))
         return 1
