@@ -21,7 +21,7 @@ def texts_of(source: str, tmp_path: Path, field: str = "text", **options) -> lis
 
 
 def corpus_of(sources: list[str], tmp_path: Path, weights=None, valid=None, share=0.1, field="text", **options):
-    given = {"max_documents": None, "seed": 0, "num_proc": None} | options
+    given = {"max_documents": None, "seed": 0} | options
     parsed, held = [parse_source(s) for s in sources], parse_source(valid) if valid else None
     return load_corpus(parsed, weights, held, field, share, scratch=tmp_path / "scratch", **given)
 

@@ -1,4 +1,4 @@
-"""Packing loses no token but the tail, in any number of processes, and is on disk whole or not at all."""
+"""Packing loses no token but the tail, in any size of batches, and is on disk whole or not at all."""
 
 import multiprocessing
 import time
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lit_actreg.data import packed
 from lit_actreg.data.packed import IGNORE, Encoder, PackedBlocks, build_once, cache_folder, cut, pack, token_dtype
 from lit_actreg.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -26,10 +27,11 @@ def encoder(documents, tmp_path_factory):
     return Encoder(load_tokenizer(path, 300), 0, token_dtype(300))
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_blocks_are_the_stream_of_tokens(documents, encoder, tmp_path, num_proc):
+@pytest.mark.parametrize("documents_per_batch", [7, 256])
+def test_blocks_are_the_stream_of_tokens(monkeypatch, documents, encoder, tmp_path, documents_per_batch):
+    monkeypatch.setattr(packed, "DOCUMENTS_PER_BATCH", documents_per_batch)
     stream = [i for text in TEXTS if text for i in [*encoder.tokenizer.encode(text).ids, 0]]
-    counts = pack(documents, encoder, 15, 300, num_proc, tmp_path / "x.arrow")
+    counts = pack(documents, encoder, 15, 300, tmp_path / "x.arrow")
     blocks = PackedBlocks(tmp_path / "x.arrow")
     assert len(blocks) == len(stream) // 16
     ids = blocks.__getitems__(list(range(len(blocks))))
@@ -40,7 +42,7 @@ def test_blocks_are_the_stream_of_tokens(documents, encoder, tmp_path, num_proc)
 
 
 def test_reading_in_any_order_with_padding(documents, encoder, tmp_path):
-    pack(documents, encoder, 15, 300, None, tmp_path / "x.arrow")
+    pack(documents, encoder, 15, 300, tmp_path / "x.arrow")
     blocks = PackedBlocks(tmp_path / "x.arrow")
     batch = blocks.__getitems__([7, -1, 3, 7])
     assert torch.equal(batch[0], blocks[7])
@@ -51,8 +53,8 @@ def test_reading_in_any_order_with_padding(documents, encoder, tmp_path):
 
 def test_large_vocabularies_need_wider_integers(documents, encoder, tmp_path):
     assert (token_dtype(65536), token_dtype(65537)) == (np.uint16, np.uint32)
-    pack(documents, encoder, 15, 300, None, tmp_path / "a.arrow")
-    pack(documents, Encoder(encoder.tokenizer, 0, np.uint32), 15, 300, None, tmp_path / "b.arrow")
+    pack(documents, encoder, 15, 300, tmp_path / "a.arrow")
+    pack(documents, Encoder(encoder.tokenizer, 0, np.uint32), 15, 300, tmp_path / "b.arrow")
     assert torch.equal(PackedBlocks(tmp_path / "a.arrow")[5], PackedBlocks(tmp_path / "b.arrow")[5])
 
 

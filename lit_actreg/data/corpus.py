@@ -36,8 +36,6 @@ READERS = {"txt": "text", "jsonl": "json", "json": "json", "parquet": "parquet"}
 COMPRESSIONS = ("gz", "xz", "bz2", "zst")
 TEXT = datasets.Features({"text": datasets.Value("string")})
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"valid": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
-CORES_OF_ONE_PROCESS = 8  # up to so many cores one process with the threads of `tokenizers` keeps them all busy
-BYTES_PER_PROCESS = 4_000_000  # a worker process costs about 0.2 s: below this much text each it does not pay
 
 
 @dataclass(frozen=True)
@@ -174,30 +172,13 @@ def held_out(texts: list[str | None], valid_share: float) -> np.ndarray:
     return ((share < 2 * valid_share).astype(np.uint8) * 2 - (share < valid_share)).astype(np.uint8)
 
 
-def processes_for(documents: datasets.Dataset, num_proc: int | None) -> int | None:
-    """How many worker processes a `map` over these documents is worth; None means this process alone.
-
-    Alone is best on few cores: the threads of `tokenizers` share the work evenly, processes get fixed shares. On many
-    cores what Python does between batches would leave the threads waiting.
-    """
-    if num_proc is None:
-        cores = len(os.sched_getaffinity(0))
-        num_bytes = documents.data.nbytes * len(documents) // max(1, documents.data.num_rows)
-        num_proc = min(cores, num_bytes // BYTES_PER_PROCESS) if cores > CORES_OF_ONE_PROCESS else 1
-    count = min(num_proc, len(documents))
-    return count if count > 1 else None
-
-
-def split_documents(
-    parts: dict[Split, datasets.Dataset], valid_share: float, num_proc: int | None
-) -> dict[Split, datasets.Dataset]:
+def split_documents(parts: dict[Split, datasets.Dataset], valid_share: float) -> dict[Split, datasets.Dataset]:
     """Adds the validation and test documents to a source that lacks its own, taking them out of training."""
     if "valid" in parts:
         return {**parts, "test": parts.get("test", parts["valid"])}
     sides = parts["train"].map(
         lambda batch: {"side": held_out(batch["text"], valid_share)},
         batched=True,
-        num_proc=processes_for(parts["train"], num_proc),
         remove_columns=["text"],
         desc="holding documents out",
     )
@@ -214,7 +195,6 @@ def load_corpus(
     valid_share: float,
     max_documents: int | None,
     seed: int,
-    num_proc: int | None,
     scratch: Path,
     streaming: bool = False,
 ) -> dict[Split, datasets.Dataset]:
@@ -230,7 +210,7 @@ def load_corpus(
             parts = {split: first_documents(part, max_documents, source.name) for split, part in parts.items()}
         if "train" not in parts:
             raise ValueError(f"source {source.name!r} names only held-out files, by their names: add training files")
-        corpora.append({"train": parts["train"]} if valid_source else split_documents(parts, valid_share, num_proc))
+        corpora.append({"train": parts["train"]} if valid_source else split_documents(parts, valid_share))
     train = mix([corpus["train"] for corpus in corpora], weights, seed)
     if valid_source:
         held = load_source(valid_source, text_field, scratch)

@@ -53,7 +53,6 @@ class TextDataModule(LightningDataModule):
         context: Tokens of a training sequence.
         batch_size: Sequences per batch and device.
         num_workers: Processes that load batches, per device; 0 loads them in the training process.
-        num_proc: Processes that tokenize; null means one (its threads use every core), on more than 8 cores one a core.
         cache_dir: Folder of trained tokenizers and packed blocks.
         seed: Seed of the order of training sequences and of a mixture's draws.
         prompts: Texts that `predict` continues.
@@ -73,7 +72,6 @@ class TextDataModule(LightningDataModule):
         context: int = 256,
         batch_size: int = 16,
         num_workers: int = 1,
-        num_proc: int | None = None,
         cache_dir: str = "runs/cache",
         seed: int = 0,
         prompts: list[str] | None = None,
@@ -95,7 +93,7 @@ class TextDataModule(LightningDataModule):
         self.max_documents = max_documents or (10_000 if stream else None)
         self.given_tokenizer = Path(tokenizer).expanduser() if tokenizer else None
         self.vocab_size, self.context, self.batch_size, self.seed = vocab_size, context, batch_size, seed
-        self.num_workers, self.num_proc = num_workers, num_proc
+        self.num_workers = num_workers
         self.cache_dir = Path(cache_dir).expanduser()
         self.blocks: dict[Split, PackedBlocks] = {}
 
@@ -164,7 +162,6 @@ class TextDataModule(LightningDataModule):
             self.valid_share,
             self.max_documents,
             self.seed,
-            self.num_proc,
             scratch,
             self.stream,
         )
@@ -174,7 +171,7 @@ class TextDataModule(LightningDataModule):
         encoder = self._encoder()
         for split in SPLITS:
             path = folder / f"{split}.arrow"
-            counts = pack(corpus[split], encoder, self.context, self.vocab_size, self.num_proc, path)
+            counts = pack(corpus[split], encoder, self.context, self.vocab_size, path)
             if split == "train":
                 np.save(folder / "train_counts.npy", counts)
             if not counts.any() and split == "train":

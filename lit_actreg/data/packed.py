@@ -2,7 +2,7 @@
 
 Every document is followed by the end-of-text token; the stream t₀ t₁ … is cut without overlap, block i being
 t[i·(C+1) : (i+1)·(C+1)], so that a block's first C tokens predict its last C. What is left at a split's end (fewer
-than C + 1 tokens) is dropped. The cut does not depend on the number of processes. Ids are stored as uint16 up to a
+than C + 1 tokens) is dropped. Ids are stored as uint16 up to a
 vocabulary of 65,536 and as uint32 above, so 20 B tokens take 40 GB; nothing holds more than a few batches in memory.
 
 A cached result is a folder named by the hash of everything it was made from. It is made beside, under a name that
@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.arrow_writer import ArrowWriter
+from datasets.utils import tqdm
 from filelock import FileLock
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lit_actreg.data.corpus import processes_for
-
 CODE_VERSION = 1  # part of every cache key: raise it when the same inputs give other tokens or another layout
 IGNORE = -100  # the tokens of a padding row: PyTorch's ignore_index
 DOCUMENTS_PER_BATCH = 256
+BATCHES_IN_FLIGHT = 4
 
 
 def cache_folder(cache_dir: Path, kind: str, inputs: Any) -> Path:
@@ -62,7 +64,7 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 
 
 class Encoder:
-    """Texts → ids, each text followed by the end-of-text token; what `datasets.map` calls in its processes."""
+    """Texts → ids, each text followed by the end-of-text token."""
 
     def __init__(self, tokenizer: Tokenizer, end_id: int, dtype: type) -> None:
         self.tokenizer, self.end_id, self.dtype = tokenizer, end_id, dtype
@@ -72,35 +74,23 @@ class Encoder:
         encodings = self.tokenizer.encode_batch_fast([t for t in texts if t], add_special_tokens=False)
         return [np.array([*encoding.ids, self.end_id], dtype=self.dtype) for encoding in encodings]
 
-    def encode_table(self, table: pa.Table, rank: int | None) -> pa.Table:
-        """Texts [N] → one row that holds all their ids, as an Arrow table (no Python object per token is kept)."""
-        if rank is not None:  # one of several processes: its own threads would only fight the others
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        ids = self(table["text"].to_pylist())
-        flat = np.concatenate(ids) if ids else np.empty(0, self.dtype)
-        return pa.table({"ids": pa.LargeListArray.from_arrays([0, len(flat)], pa.array(flat))})
 
+def tokenize(documents: datasets.Dataset, encoder: Encoder) -> Iterator[np.ndarray]:
+    """The documents' ids in order, in pieces of many documents.
 
-def tokenize(
-    documents: datasets.Dataset, encoder: Encoder, num_proc: int | None, scratch: Path
-) -> Iterator[np.ndarray]:
-    """The documents' ids in order, in pieces of many documents; computed on every core and kept in ``scratch``."""
-    if not len(documents):
-        return
-    encoded = documents.with_format("arrow").map(
-        encoder.encode_table,
-        batched=True,
-        batch_size=DOCUMENTS_PER_BATCH,
-        num_proc=processes_for(documents, num_proc),
-        with_rank=True,
-        remove_columns=["text"],
-        features=datasets.Features({"ids": datasets.LargeList(datasets.Value(np.dtype(encoder.dtype).name))}),
-        cache_file_name=str(scratch / "tokens.arrow"),
-        load_from_cache_file=False,
-        desc="tokenizing",
-    )
-    for table in encoded.with_format("arrow").iter(batch_size=1):
-        yield table["ids"].combine_chunks().flatten().to_numpy()
+    The threads of `tokenizers` keep every core busy as long as they have several batches to choose from: while Python
+    turns one batch's ids into arrays, or one waits for its longest document, they work on the others.
+    """
+    nothing = np.empty(0, encoder.dtype)
+    waiting: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(BATCHES_IN_FLIGHT) as pool, tqdm(total=len(documents), desc="tokenizing") as progress:
+        for batch in documents.iter(DOCUMENTS_PER_BATCH):
+            waiting.append(pool.submit(lambda texts: np.concatenate([nothing, *encoder(texts)]), batch["text"]))
+            if len(waiting) > BATCHES_IN_FLIGHT:
+                yield waiting.popleft().result()
+            progress.update(len(batch["text"]))
+        for piece in waiting:
+            yield piece.result()
 
 
 def cut(pieces: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
@@ -114,18 +104,13 @@ def cut(pieces: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
         rest = [tokens[whole:]]
 
 
-def pack(
-    documents: datasets.Dataset, encoder: Encoder, context: int, vocab_size: int, num_proc: int | None, path: Path
-) -> np.ndarray:
+def pack(documents: datasets.Dataset, encoder: Encoder, context: int, vocab_size: int, path: Path) -> np.ndarray:
     """Writes the blocks of one split to ``path``; returns how often each token id occurs in them, int64 [V]."""
     length, dtype = context + 1, encoder.dtype
     counts = np.zeros(vocab_size, dtype=np.int64)
     features = datasets.Features({"ids": datasets.Sequence(datasets.Value(np.dtype(dtype).name), length=length)})
-    with (
-        tempfile.TemporaryDirectory(dir=path.parent) as scratch,
-        ArrowWriter(path=str(path), features=features) as writer,
-    ):
-        for blocks in cut(tokenize(documents, encoder, num_proc, Path(scratch)), length):
+    with ArrowWriter(path=str(path), features=features) as writer:
+        for blocks in cut(tokenize(documents, encoder), length):
             counts += np.bincount(blocks.ravel(), minlength=vocab_size)
             column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.ravel()), length)
             writer.write_table(pa.table({"ids": column}, schema=features.arrow_schema))
