@@ -81,7 +81,7 @@ def tokenize(documents: datasets.Dataset, encoder: Encoder) -> Iterator[np.ndarr
     The threads of `tokenizers` keep every core busy as long as they have several batches to choose from: while Python
     turns one batch's ids into arrays, or one waits for its longest document, they work on the others.
     """
-    nothing = np.empty(0, encoder.dtype)
+    nothing: np.ndarray = np.empty(0, encoder.dtype)
     waiting: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(BATCHES_IN_FLIGHT) as pool, tqdm(total=len(documents), desc="tokenizing") as progress:
         for batch in documents.iter(DOCUMENTS_PER_BATCH):
