@@ -198,9 +198,14 @@ class LitLanguageModel(LightningModule):
     ) -> None:
         """Clips by the norm over all weights. The clip values' own gradients, sums over whole batches, stay out.
 
-        Lightning's own method refuses a fused optimizer with bf16-mixed (lightning#21435).
+        Lightning's own method refuses a fused optimizer with bf16-mixed (lightning#21435), and with 16-mixed Lightning
+        leaves the division by GradScaler's factor to a fused optimizer, which comes after the clipping.
         """
         if gradient_clip_val:
+            if getattr(optimizer, "_step_supports_amp_scaling", False):  # it is fused
+                scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+                if scaler is not None:
+                    scaler.unscale_(optimizer)
             weights = [p for group in optimizer.param_groups if group["name"] != "clips" for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(weights, gradient_clip_val)
             self.log("train/gradient_norm", whole(norm))

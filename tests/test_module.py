@@ -9,12 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from small_fit import CONTEXT, VOCAB_SIZE, datamodule, lit_module, trainer, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -82,6 +84,18 @@ def test_gradients_are_clipped_by_the_norm_of_the_weights_alone(monkeypatch):
     assert logged["train/gradient_norm"] == pytest.approx(math.sqrt(num_weights), rel=1e-5)
     assert module.model.embedding.weight.grad[0, 0].item() == pytest.approx(2 / math.sqrt(num_weights), rel=1e-4)
     assert all(clip.grad.item() == 1.0 for clip in clips)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_clipped_gradients_are_not_scaled_in_float16(corpus, monkeypatch, fused):
+    """With a fused optimizer too, as on a GPU, which divides by GradScaler's factor only in its step."""
+    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, fused=fused))
+    norms = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]):
+        engine = trainer([], steps=3, plugins=plugins)
+        engine.fit(lit_module(), datamodule=datamodule(corpus))
+        norms.append(list(engine.logger.of("train/gradient_norm").values()))
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)
 
 
 def test_perplexity_does_not_depend_on_the_batch_size(corpus):
