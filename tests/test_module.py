@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,7 +88,8 @@ def test_gradients_are_clipped_by_the_norm_of_the_weights_alone(monkeypatch):
 @pytest.mark.parametrize("fused", [False, True])
 def test_clipped_gradients_are_not_scaled_in_float16(corpus, monkeypatch, fused):
     """With a fused optimizer too, as on a GPU, which divides by GradScaler's factor only in its step."""
-    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, fused=fused))
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: adamw(groups, **options | {"fused": fused}))
     norms = []
     for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]):
         engine = trainer([], steps=3, plugins=plugins)
