@@ -91,6 +91,8 @@ def memory_estimate(model: Decoder, quantizer: Quantizer, calibration: Sequence[
         "host_codes": len(model.blocks) * num_weights,
         # the file's tensors, made beside the codes when all blocks are done
         "host_file": (len(model.blocks) * num_weights * (quantizer.bits if quantizer.bits in (4, 8) else 8)) // 8,
+        # pack_int32's shifted and joined bytes of the largest weight
+        "host_packing": 3 * max(n * k for n, k in shapes),
         "host_hidden_states": sum(pinned_bytes(4 * ids.numel() * model.config.width) for ids in calibration),
         "device_block": 4 * num_weights,
         # Σ (N + 2K): every linear's output, its input and that on the grid
