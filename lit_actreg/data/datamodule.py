@@ -25,7 +25,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_actreg.data.corpus import SPLITS, Split, load_corpus, load_source, parse_source
+from lit_actreg.data.corpus import SPLITS, Corpus, Split, load_source, parse_source
 from lit_actreg.data.packed import Encoder, PackedBlocks, build_once, cache_folder, pack, token_dtype
 from lit_actreg.data.resume import ResumableLoader, num_trained_batches, rewind
 from lit_actreg.data.sampler import EvalSampler, TrainSampler
@@ -145,16 +145,16 @@ class TextDataModule(LightningDataModule):
             return
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".corpus-", dir=self.cache_dir) as scratch:
-            corpus = functools.cache(lambda: self._load_corpus(Path(scratch)))  # read once, and only if needed
+            corpus = self._corpus(Path(scratch))
             if not self.given_tokenizer:
                 build_once(
                     self.tokenizer_path.parent,
-                    lambda folder: train_tokenizer(corpus()["train"], self.vocab_size, folder / "tokenizer.json"),
+                    lambda folder: train_tokenizer(corpus.tables["train"], self.vocab_size, folder / "tokenizer.json"),
                 )
-            build_once(self.packed_folder, lambda folder: self._pack(corpus(), folder))
+            build_once(self.packed_folder, lambda folder: self._pack(corpus, folder))
 
-    def _load_corpus(self, scratch: Path) -> dict[Split, Any]:
-        return load_corpus(
+    def _corpus(self, scratch: Path) -> Corpus:
+        return Corpus(
             self.sources,
             self.weights,
             self.valid_source,
@@ -166,24 +166,21 @@ class TextDataModule(LightningDataModule):
             self.stream,
         )
 
-    def _pack(self, corpus: dict[Split, Any], folder: Path) -> None:
+    def _pack(self, corpus: Corpus, folder: Path) -> None:
         """Packs every split into ``folder``; a training or validation split without one block is an error."""
-        encoder = self._encoder()
-        for split in SPLITS:
-            path = folder / f"{split}.arrow"
-            counts = pack(corpus[split], encoder, self.context, self.vocab_size, path)
-            if split == "train":
-                np.save(folder / "train_counts.npy", counts)
-            if not counts.any() and split == "train":
-                raise ValueError(
-                    f"data.source {self.names} ({len(corpus[split])} documents for training) is shorter than one block "
-                    f"of {self.context + 1} tokens: give more text or a smaller data.context"
-                )
-            if not counts.any() and split == "valid":
-                raise ValueError(
-                    f"data.source {self.names} gives {len(corpus[split])} validation documents, less than one block "
-                    f"of {self.context + 1} tokens: set data.valid_source, or raise data.valid_share {self.valid_share}"
-                )
+        packed = pack(corpus.batches(), self._encoder(), self.valid_share, self.context, self.vocab_size, folder)
+        np.save(folder / "train_counts.npy", packed["train"].counts)
+        if not packed["train"].counts.any():
+            raise ValueError(
+                f"data.source {self.names} ({packed['train'].num_documents} documents for training) is shorter than "
+                f"one block of {self.context + 1} tokens: give more text or a smaller data.context"
+            )
+        if not packed["valid"].counts.any():
+            raise ValueError(
+                f"data.source {self.names} gives {packed['valid'].num_documents} validation documents, less than one "
+                f"block of {self.context + 1} tokens: set data.valid_source, or raise data.valid_share "
+                f"{self.valid_share}"
+            )
 
     def _encoder(self) -> Encoder:
         tokenizer = load_tokenizer(self.tokenizer_path, self.vocab_size)

@@ -2,20 +2,22 @@
 
 Every document is followed by the end-of-text token; the stream t₀ t₁ … is cut without overlap, block i being
 t[i·(C+1) : (i+1)·(C+1)], so that a block's first C tokens predict its last C. What is left at a split's end (fewer
-than C + 1 tokens) is dropped. Ids are stored as uint16 up to a
-vocabulary of 65,536 and as uint32 above, so 20 B tokens take 40 GB; nothing holds more than a few batches in memory.
+than C + 1 tokens) is dropped. Ids are stored as uint16 up to a vocabulary of 65,536 and as uint32 above, so 20 B tokens
+take 40 GB; nothing holds more than a few batches in memory.
 
 A cached result is a folder named by the hash of everything it was made from. It is made beside, under a name that
 starts with a dot, and renamed when complete: a folder under its final name is whole.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lit_actreg.data.corpus import SPLITS, Batch, Split, held_out
+
 CODE_VERSION = 1  # part of every cache key: raise it when the same inputs give other tokens or another layout
 IGNORE = -100  # the tokens of a padding row: PyTorch's ignore_index
-DOCUMENTS_PER_BATCH = 256
-BATCHES_IN_FLIGHT = 4
+CHARACTERS_PER_TASK = 1 << 20  # enough documents for many cores, and little memory
+TASKS_AT_A_TIME = 3  # two for the cores to choose from while a third one's ids become an array
+TASKS_AHEAD = 12  # read, and to be encoded while the next piece of a file is unpacked
+TOKENS_PER_WRITE = 1 << 20
 
 
 def cache_folder(cache_dir: Path, kind: str, inputs: Any) -> Path:
@@ -75,47 +81,124 @@ class Encoder:
         return [np.array([*encoding.ids, self.end_id], dtype=self.dtype) for encoding in encodings]
 
 
-def tokenize(documents: datasets.Dataset, encoder: Encoder) -> Iterator[np.ndarray]:
-    """The documents' ids in order, in pieces of many documents.
+@dataclass(frozen=True)
+class Piece:
+    """What some consecutive documents add to one split: their number, and their ids end to end."""
 
-    The threads of `tokenizers` keep every core busy as long as they have several batches to choose from: while Python
-    turns one batch's ids into arrays, or one waits for its longest document, they work on the others.
+    split: Split
+    num_documents: int
+    ids: np.ndarray
+
+
+def encode(encoder: Encoder, valid_share: float, batch: Batch) -> list[Piece]:
+    """Divides a batch into splits and encodes it."""
+    splits, texts = batch
+    sides = held_out(texts, valid_share) if len(splits) > 1 else [0] * len(texts)
+    pieces = []
+    for side, split in enumerate(splits):
+        if split:
+            ours = [text for text, its_side in zip(texts, sides, strict=True) if its_side == side]
+            pieces.append(Piece(split, len(ours), np.concatenate([np.empty(0, encoder.dtype), *encoder(ours)])))
+    return pieces
+
+
+def tasks(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same documents in the same order, in batches of equal work whatever the documents' length."""
+    for splits, run in itertools.groupby(batches, key=lambda batch: batch[0]):
+        texts: list[str | None] = []
+        characters = 0
+        for text in itertools.chain.from_iterable(batch[1] for batch in run):
+            texts.append(text)
+            characters += 1 + len(text or "")
+            if characters >= CHARACTERS_PER_TASK:
+                yield splits, texts
+                texts, characters = [], 0
+        if texts:
+            yield splits, texts
+
+
+def tokenize(batches: Iterable[Batch], encoder: Encoder, valid_share: float) -> Iterator[Piece]:
+    """The documents' ids, in order; this thread reads on while they are encoded.
+
+    A few other threads call `tokenizers`, whose own threads share the documents of all these calls evenly, on every
+    core and without the interpreter's lock: no core waits for the longest document of a batch, nor for the next batch
+    to be unpacked.
     """
-    nothing: np.ndarray = np.empty(0, encoder.dtype)
-    waiting: deque[Future[np.ndarray]] = deque()
-    with ThreadPoolExecutor(BATCHES_IN_FLIGHT) as pool, tqdm(total=len(documents), desc="tokenizing") as progress:
-        for batch in documents.iter(DOCUMENTS_PER_BATCH):
-            waiting.append(pool.submit(lambda texts: np.concatenate([nothing, *encoder(texts)]), batch["text"]))
-            if len(waiting) > BATCHES_IN_FLIGHT:
-                yield waiting.popleft().result()
-            progress.update(len(batch["text"]))
-        for piece in waiting:
-            yield piece.result()
+    running = deque[Future[list[Piece]]]()
+    with ThreadPoolExecutor(TASKS_AT_A_TIME) as pool:
+        for task in tasks(batches):
+            running.append(pool.submit(encode, encoder, valid_share, task))
+            if len(running) >= TASKS_AHEAD:
+                yield from running.popleft().result()
+        while running:
+            yield from running.popleft().result()
 
 
-def cut(pieces: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
+def whole_blocks(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts tokens into blocks [blocks, length] and what is left over."""
+    whole = len(tokens) // length * length
+    return tokens[:whole].reshape(-1, length), tokens[whole:]
+
+
+def cut(pieces: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
     """Joins pieces end to end and yields arrays [blocks, length]; the last incomplete block is dropped."""
     rest: list[np.ndarray] = []
     for piece in pieces:
-        tokens = np.concatenate([*rest, piece])
-        whole = len(tokens) // length * length
-        if whole:
-            yield tokens[:whole].reshape(-1, length)
-        rest = [tokens[whole:]]
+        blocks, left = whole_blocks(np.concatenate([*rest, piece]), length)
+        if len(blocks):
+            yield blocks
+        rest = [left]
 
 
-def pack(documents: datasets.Dataset, encoder: Encoder, context: int, vocab_size: int, path: Path) -> np.ndarray:
-    """Writes the blocks of one split to ``path``; returns how often each token id occurs in them, int64 [V]."""
-    length, dtype = context + 1, encoder.dtype
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    features = datasets.Features({"ids": datasets.Sequence(datasets.Value(np.dtype(dtype).name), length=length)})
-    with ArrowWriter(path=str(path), features=features) as writer:
-        for blocks in cut(tokenize(documents, encoder), length):
-            counts += np.bincount(blocks.ravel(), minlength=vocab_size)
-            column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.ravel()), length)
-            writer.write_table(pa.table({"ids": column}, schema=features.arrow_schema))
-        writer.finalize()
-    return counts
+class SplitWriter:
+    """Writes the blocks of one split to ``path``; counts documents, and how often each id occurs in blocks: int64 [V].
+
+    An Arrow batch holds about ``TOKENS_PER_WRITE``: a file of many small ones takes long to open.
+    """
+
+    def __init__(self, path: Path, length: int, vocab_size: int, dtype: type) -> None:
+        ids = datasets.Sequence(datasets.Value(np.dtype(dtype).name), length=length)
+        self.features, self.length, self.num_documents = datasets.Features({"ids": ids}), length, 0
+        self.counts: np.ndarray = np.zeros(vocab_size, dtype=np.int64)
+        self.writer = ArrowWriter(path=str(path), features=self.features)
+        self.waiting: list[np.ndarray] = [np.empty(0, dtype)]
+
+    def add(self, piece: Piece) -> None:
+        self.num_documents += piece.num_documents
+        self.waiting.append(piece.ids)
+        if sum(map(len, self.waiting)) >= TOKENS_PER_WRITE:
+            self._write()
+
+    def finish(self) -> None:
+        """Writes what is left, but for the last incomplete block, and closes the file."""
+        self._write()
+        self.writer.finalize()
+
+    def _write(self) -> None:
+        blocks, left = whole_blocks(np.concatenate(self.waiting), self.length)
+        self.counts += np.bincount(blocks.ravel(), minlength=len(self.counts))
+        column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.ravel()), self.length)
+        self.writer.write_table(pa.table({"ids": column}, schema=self.features.arrow_schema))
+        self.waiting = [left]
+
+
+def pack(
+    batches: Iterable[Batch],
+    encoder: Encoder,
+    valid_share: float,
+    context: int,
+    vocab_size: int,
+    folder: Path,
+) -> dict[Split, SplitWriter]:
+    """Writes the blocks of every split to ``folder``, a file each; the finished writers tell what they counted."""
+    writers = {s: SplitWriter(folder / f"{s}.arrow", context + 1, vocab_size, encoder.dtype) for s in SPLITS}
+    with tqdm(desc="tokenizing", unit=" documents") as progress:
+        for piece in tokenize(batches, encoder, valid_share):
+            writers[piece.split].add(piece)
+            progress.update(piece.num_documents)
+    for writer in writers.values():
+        writer.finish()
+    return writers
 
 
 class PackedBlocks(Dataset[Tensor]):

@@ -19,8 +19,8 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lit_actreg.data.corpus import Split, held_out, mix
-from lit_actreg.data.packed import DOCUMENTS_PER_BATCH, Encoder, cut
+from lit_actreg.data.corpus import DOCUMENTS_PER_READ, Split, held_out, mix
+from lit_actreg.data.packed import Encoder, cut
 from lit_actreg.data.resume import ResumableLoader
 
 SHUFFLE_BUFFER = 1000  # documents
@@ -67,7 +67,7 @@ class StreamedBlocks(IterableDataset[Tensor]):
         while True:
             self.documents.set_epoch(pass_index)
             empty = True
-            for batch in self.documents.iter(batch_size=DOCUMENTS_PER_BATCH):
+            for batch in self.documents.iter(batch_size=DOCUMENTS_PER_READ):
                 for ids in self.encoder(batch["text"]):
                     empty = False
                     yield ids
