@@ -124,7 +124,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_stop_together(folder, strategy):
     """torchrun passes SIGTERM on; the ranks agree, or one would wait for the other. In shards a checkpoint is a folder,
     whole or not there as well."""

@@ -168,6 +168,7 @@ class Die(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow  # tests/test_preemption.py kills a whole fit and compares its losses
 def test_resume_after_kill(corpus, tmp_path):
     """A process killed by SIGKILL while workers fetch ahead; another process goes on from its last checkpoint."""
     whole = [list(batch) for batch in fit(corpus, accumulate=3, steps=6)]
