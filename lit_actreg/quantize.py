@@ -11,6 +11,8 @@ Memory: the model, one block and its moments and factors on the device, and the 
 states the terms (:func:`lit_actreg.plan.memory_estimate`).
 """
 
+import contextlib
+import ctypes
 import logging
 import shutil
 import sys
@@ -59,6 +61,12 @@ class StageClock:
         spent = time.perf_counter() - started
         self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
         logger.info("%s: %.2f s", stage, spent)
+
+
+def return_freed_memory() -> None:
+    """Has glibc give freed memory back to the system; left alone it keeps blocks of up to 32 MiB (mallopt(3))."""
+    with contextlib.suppress(OSError, AttributeError):  # other systems' C libraries have no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def float_block(model: Decoder, index: int, quant: QuantConfig, device: torch.device) -> Block:
@@ -248,6 +256,7 @@ def quantize_model(
             with clock("advance"):
                 advance(block, hidden, device)
         linears.append(made)
+        return_freed_memory()
         lines += [{**planned, **line} for planned, line in zip(layers[4 * index :], block_lines, strict=False)]
     report["layers"] = lines
     report["fallbacks"] = [line["layer"] for line in lines if "fallback" in line]
