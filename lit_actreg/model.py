@@ -33,8 +33,10 @@ def rotary_angles(num_tokens: int, head_width: int, theta: float, device: torch.
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies rotary positions to x [B, T, H, E]; cos and sin [T, E]."""
+    cos, sin = cos[:, None, : x.shape[-1] // 2], sin[:, None, : x.shape[-1] // 2]
     first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    # stacked, not concatenated: compiled, a concatenation reads its inputs once for either half of its output
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2).flatten(-2)
 
 
 class LayerCache(NamedTuple):
