@@ -1,11 +1,12 @@
 """What QAT and kurtosis regularization cost a training step (the paper's Table 4, arXiv 2404.03605), on one GPU.
 
-    python benchmarks/train_speed.py [--size 98m|125m|1b] [--sequences N] [--rounds 8] [--profile]
+    python benchmarks/train_speed.py [--size 98m|125m|1b] [--sequences N] [--accumulate N] [--rounds 8] [--profile]
     python benchmarks/train_speed.py --size tiny --device cpu          # shows that it works; its times mean nothing
 
 Method: one model, one optimizer, one batch of random tokens; a variant is a setting of the model, so all share weights
 and memory. Blocks and loss are compiled, as ``fit`` with ``compile: true`` does. A step is forward, backward and fused
-AdamW under bfloat16 autocast, without accumulation, logging or data. Variants take turns round by round in one process,
+AdamW under bfloat16 autocast, without logging or data; ``--accumulate`` is the number of passes before AdamW.
+Variants take turns round by round in one process,
 so that clocks and heat are shared; a turn is one step to warm up and STEPS timed ones; a figure is the median over
 rounds. Before that, the fused operators' gradients must agree with the formula's, and compiled ones with eager ones, or
 nothing is printed and the status is 1. The check runs the first CHECKED_BLOCKS blocks alone, which are the compiled
@@ -80,12 +81,12 @@ VARIANTS = (PLAIN, FORMULA, FUSED, KURTOTIC)
 class Trainee:
     """The model, its optimizer and its batch on one device."""
 
-    def __init__(self, size: str, device: str, num_sequences: int | None) -> None:
+    def __init__(self, size: str, device: str, num_sequences: int | None, accumulate: int) -> None:
         layers, width, heads, tied, vocab_size, default, context = SIZES[size]
         num_sequences = num_sequences or default
         torch.manual_seed(0)
         self.config = ModelConfig(num_layers=layers, width=width, num_heads=heads, context=context, tie_embeddings=tied)
-        self.device = device
+        self.device, self.accumulate = device, accumulate
         with torch.device(device):
             self.model = Decoder(self.config, QuantConfig(), vocab_size)
         self.batch = torch.randint(vocab_size, (num_sequences, context + 1), device=device)
@@ -112,7 +113,6 @@ class Trainee:
             observe_inputs(self.model, self.batch[:2, :-1], observer)
 
     def backward(self, num_parts: int = 1, weight: float = KURTOSIS_WEIGHT) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
         for part in self.batch.chunk(num_parts):
             with torch.autocast(self.device, torch.bfloat16):
                 hidden, values = self.model(part[:, :-1])
@@ -120,7 +120,9 @@ class Trainee:
             (loss / num_parts).backward()
 
     def step(self) -> None:
-        self.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(self.accumulate):
+            self.backward()
         self.optimizer.step()
 
     def gradients(self, variant: Variant, eager: bool = True, rounded: bool = False) -> dict[str, Tensor]:
@@ -135,6 +137,7 @@ class Trainee:
         self.model.blocks = blocks[:CHECKED_BLOCKS]
         if rounded:
             embedding.copy_(embedding.bfloat16())
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.compiler.set_stance("force_eager" if eager else "default"):
             self.backward(max(1, self.batch[:, 1:].numel() // 4096) if eager else 1, weight=1.0)
         found = {n: p.grad.float().clone() for n, p in self.model.named_parameters() if p.grad is not None}
@@ -206,7 +209,7 @@ def measure(trainee: Trainee, rounds: int) -> tuple[dict[str, list[float]], dict
 
 
 def print_table(trainee: Trainee, times: dict[str, list[float]], peaks: dict[str, float]) -> None:
-    tokens, flops = trainee.batch[:, 1:].numel(), trainee.flops_per_token
+    tokens, flops = trainee.accumulate * trainee.batch[:, 1:].numel(), trainee.flops_per_token
     print(f"{'':22}{'ms/step':>9}{'spread':>8}{'tokens/s':>11}{'of plain':>10}{'peak GiB':>10}{'memory':>8}{'MFU':>7}")
     for name, found in times.items():
         ms = statistics.median(found)
@@ -241,12 +244,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="98m")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--sequences", type=int, help="in a step, instead of the size's own number")
+    parser.add_argument("--sequences", type=int, help="in a pass, instead of the size's own number")
+    parser.add_argument("--accumulate", type=int, default=1, help="passes a step")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--profile", action="store_true", help="print the 15 longest kernels of every variant")
     args = parser.parse_args()
     start = time.perf_counter()
-    trainee = Trainee(args.size, args.device, args.sequences)
+    trainee = Trainee(args.size, args.device, args.sequences, args.accumulate)
     if wrong := check_gradients(trainee):
         print("REFUSED: " + "; ".join(wrong))
         return 1
@@ -254,7 +258,8 @@ def main() -> int:
         variant.apply(trainee.model)
         trainee.step()
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"{args.size}, {list(trainee.batch[:, 1:].shape)} tokens a step, {name}, torch {torch.__version__}")
+    shape = f"{args.accumulate} × {list(trainee.batch[:, 1:].shape)}"
+    print(f"{args.size}, {shape} tokens a step, {name}, torch {torch.__version__}")
     print(f"built and compiled in {trainee.clock() - start:.0f} s")
     print_table(trainee, *measure(trainee, args.rounds))
     if args.profile:
