@@ -39,8 +39,23 @@ def grid_from_clips(low: Tensor, high: Tensor, bits: int, integer_zero_point: bo
     return scale, zero_point
 
 
+def num_groups(num_columns: int, group_size: int | None) -> int:
+    """Groups of neighbouring columns that share a grid, in a row of a weight or in a token; 1 without groups."""
+    if group_size is None:
+        return 1
+    if group_size < 1 or num_columns % group_size:
+        raise ValueError(
+            f"group_size {group_size} does not divide the {num_columns} input columns: choose a divisor, or null for "
+            "one grid a row"
+        )
+    return num_columns // group_size
+
+
 def grid_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Dynamic asymmetric grid of every token (the paper's RTN activations): x [..., K] → scale, zero point [..., 1]."""
+    """Dynamic asymmetric grid of every token (the paper's RTN activations): x [..., K] → scale, zero point [..., 1].
+
+    Of groups of a token's columns where x is [..., G, K / G].
+    """
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return grid_from_clips(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits)
 

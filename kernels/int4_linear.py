@@ -15,8 +15,8 @@ tile to arrive (it takes a ticket) adds them: integers, so the result does not d
 :mod:`.int4_hopper` where it serves and its large tiles fill the GPU; else 128 × 128 tiles, two programs a
 multiprocessor so that one unpacks while the other multiplies, ordered so that neighbours share weights in L2.
 
-**Groups.** With G scales a row the int32 sum ends at every group's border and is scaled into a float32 one. That
-kernel picks the nibble by column, because a group may straddle the two halves.
+**Groups.** With G scales a row, of weights or of activations, the int32 sum ends at every group's border and is scaled
+into a float32 one. That kernel picks the nibble by column, because a group may straddle the two halves.
 
 Contiguous tensors: codes int8 [M, K]; packed uint8 [N, P] with 2P ≥ K and zero codes from
 K on; the rest as in :mod:`.reference`. Any M, N, K < 131,072. sm_80 or later.
@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
 from lit_actreg_kernels.int4_gemv import serves as gemv_serves
-from lit_actreg_kernels.int4_tile import INTERPRETED, correct, finish, times_16, times_16_high, times_16_low
+from lit_actreg_kernels.int4_tile import INTERPRETED, correct, finish, scale_rows, times_16, times_16_high, times_16_low
 from torch import Tensor
 
 
@@ -122,7 +122,8 @@ def _linear_kernel(
                 acc += tl.load(partial_ptrs_i, mask=m_inside & n_inside, other=0, cache_modifier=".cg")
     if last:
         y = correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
-        finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
+        y = scale_rows(y, act_scale_ptr, m, M, PER_TOKEN)
+        finish(y, y_ptr, bias_ptr, residual_ptr, m, n, M, N, HAS_BIAS, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -142,6 +143,7 @@ def _grouped_kernel(
     P,
     G,
     PER_TOKEN: tl.constexpr,
+    ACT_GROUPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
@@ -157,7 +159,8 @@ def _grouped_kernel(
     m_inside, n_inside = m < M, n < N
     code_rows = codes_ptr + m.to(tl.int64)[None, :] * K
     packed_rows = packed_ptr + n.to(tl.int64)[:, None] * P
-    zero_point = tl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m_inside, other=0.0)
+    grids = m * (G if ACT_GROUPS else PER_TOKEN)
+    zero_point = tl.load(act_zero_point_ptr + grids, mask=m_inside, other=0.0)
     y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for g in range(G):
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
@@ -180,8 +183,15 @@ def _grouped_kernel(
             acc = tl.dot(weights, codes, acc, out_dtype=tl.int32)
         sums = tl.load(weight_sums_ptr + n * G + g, mask=n_inside, other=0).to(tl.float32)
         weight_scale = tl.load(weight_scale_ptr + n * G + g, mask=n_inside, other=0.0)
-        y += weight_scale[:, None] * ((acc >> 4).to(tl.float32) - zero_point[None, :] * sums[:, None])
-    finish(y, y_ptr, act_scale_ptr, bias_ptr, residual_ptr, m, n, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL)
+        if ACT_GROUPS:
+            zero_point = tl.load(act_zero_point_ptr + grids + g, mask=m_inside, other=0.0)
+        part = weight_scale[:, None] * ((acc >> 4).to(tl.float32) - zero_point[None, :] * sums[:, None])
+        if ACT_GROUPS:
+            part = scale_rows(part, act_scale_ptr + g, grids, M * G, True)
+        y += part
+    if not ACT_GROUPS:
+        y = scale_rows(y, act_scale_ptr, m, M, PER_TOKEN)
+    finish(y, y_ptr, bias_ptr, residual_ptr, m, n, M, N, HAS_BIAS, HAS_RESIDUAL)
 
 
 def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool) -> Tile:
@@ -296,6 +306,7 @@ def int4_linear(
             num_bytes,
             num_groups,
             **options,
+            ACT_GROUPS=act_scale.dim() > 1 and act_scale.shape[1] > 1,
             GROUP=group_size,
             ALIGNED=group_size % block_k == 0 and num_bytes % block_k == 0,
             ASM=not INTERPRETED,

@@ -58,19 +58,16 @@ def times_16(packed, shift, ASM: tl.constexpr):
 def finish(
     y,
     y_ptr,
-    act_scale_ptr,
     bias_ptr,
     residual_ptr,
     m,
     n,
     M,
     N,
-    PER_TOKEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    """Scales y [BLOCK_N, BLOCK_M] (float32, weights' scales applied) by s_x, adds bias and residual, stores y^T."""
-    y *= tl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)[None, :]
+    """Adds bias and residual to y [BLOCK_N, BLOCK_M] (float32, all scales applied) and stores y^T."""
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     y = tl.trans(y)
@@ -79,6 +76,12 @@ def finish(
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scale_rows(y, act_scale_ptr, m, M, PER_TOKEN: tl.constexpr):
+    """s_x · y, y [BLOCK_N, BLOCK_M]."""
+    return y * tl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)[None, :]
 
 
 @triton.jit

@@ -25,6 +25,8 @@ class Int4Linear(nn.Module):
         act_zero_point: Its zero point, [1]; may have a fraction.
         act_bits: Bits of the activation grid, 2-8.
         weight_bits: Bits of the weight grid, 2-4 (all are stored in four).
+        act_groups: Groups of a token's columns with a grid of their own, dynamic grids only. The weight's scale and
+            sums are then kept by group too: 8 bytes beside the K / (2G) of a group's codes.
 
     Buffers stay float32 and int32 under ``module.to(dtype)``: they are arithmetic, not activations.
     """
@@ -38,6 +40,7 @@ class Int4Linear(nn.Module):
         act_zero_point: Tensor | None = None,
         act_bits: int = 4,
         weight_bits: int = 4,
+        act_groups: int = 1,
     ) -> None:
         super().__init__()
         if not 2 <= weight_bits <= 4:
@@ -59,7 +62,13 @@ class Int4Linear(nn.Module):
                 f"{self.in_features} input columns: the kernels need fewer than {ops.MAX_COLUMNS}, "
                 f"divisible by {weight_scale.shape[1]} groups"
             )
+        if act_groups > 1 and (act_scale is not None or weight_scale.shape[1] not in (1, act_groups)):
+            raise ValueError(
+                f"{act_groups} groups of activations: their grids must be dynamic, the weight's groups one or as many"
+            )
+        weight_scale = weight_scale.expand(-1, max(act_groups, weight_scale.shape[1]))
         self.act_bits, self.weight_bits, self.num_groups = act_bits, weight_bits, weight_scale.shape[1]
+        self.act_groups = act_groups
         padded = functional.pad(codes, (0, -self.in_features % _ROW_COLUMNS))
         self.register_buffer("packed", pack_int4(padded))
         self.register_buffer("weight_scale", weight_scale.float().contiguous())
@@ -86,8 +95,11 @@ class Int4Linear(nn.Module):
         residual_MN = None if residual is None else residual.reshape(-1, self.out_features)
         weight = (self.weight_scale, self.weight_sums, self.bias, residual_MN)
         if self.act_scale is None:
-            codes, scale, zero_point = ops.quantize_activation_per_token(x_MK, self.act_bits)
-            y_MN = ops.int4_linear(codes, self.packed, scale, zero_point, *weight, x.dtype)
+            x_MGK = x_MK.unflatten(-1, (self.act_groups, -1))
+            codes, scale, zero_point = ops.quantize_activation_per_token(x_MGK, self.act_bits)
+            y_MN = ops.int4_linear(
+                codes.flatten(1), self.packed, scale.squeeze(-1), zero_point.squeeze(-1), *weight, x.dtype
+            )
         else:
             grid = (self.act_scale, self.act_zero_point, self.act_bits)
             y_MN = ops.quantized_int4_linear(x_MK, self.packed, *grid, *weight)

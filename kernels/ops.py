@@ -174,7 +174,8 @@ def _check_linear(
     _check(weight_sums.dtype == torch.int32, f"weight_sums is {weight_sums.dtype}: keep it int32")
     for name, value in (("act_scale", act_scale), ("act_zero_point", act_zero_point)):
         _check(value.dtype == torch.float32, f"{name} is {value.dtype}: the grid is float32")
-        _check(value.shape in ((1,), (num_tokens, 1)), f"{name} has shape {list(value.shape)}: pass [1] or [M, 1]")
+        shapes = ((1,), (num_tokens, 1), (num_tokens, num_groups))
+        _check(value.shape in shapes, f"{name} has shape {list(value.shape)}: pass [1], [M, 1] or [M, G]")
     _check(act_scale.shape == act_zero_point.shape, "act_scale and act_zero_point differ in shape")
     _check(bias is None or bias.shape == (num_outputs,), f"bias must have shape [{num_outputs}]")
     _check(residual is None or residual.shape == (num_tokens, num_outputs), "residual must have the output's shape")

@@ -9,7 +9,8 @@ that is computed once, at pack time (Jacob et al., arXiv 1712.05877, eq. 7). Wit
 scale the bracket is formed per group and s_w stays inside the sum over groups.
 
 Shapes: codes int8 [M, K]; weight codes int8 [N, K]; weight scale float32 and weight sums int32 [N, G], K divisible by
-G; activation scale and zero point float32 [1] (static) or [M, 1] (per token); bias [N]; residual [M, N].
+G; activation scale and zero point float32 [1] (static), [M, 1] (per token) or [M, G] (per group of a token, G as the
+weight's); bias [N]; residual [M, N].
 
 Exactness: |a| ≤ 128 and |w| ≤ 8 bound every partial sum by 1024 K, so a float32 product is exact up to K = 16,384 and a
 float64 one always. The epilogue is float32: with 4-bit activations |acc| and |z · sum| stay below 2^24 for K < 131,072,
@@ -89,8 +90,12 @@ def int4_linear(
     for g in range(num_groups):
         columns = slice(g * group_size, (g + 1) * group_size)
         acc = integer_matmul(codes[:, columns], weight_codes[:, columns])
-        scaled += weight_scale[:, g] * (acc.float() - act_zero_point * weight_sums[:, g])
-    y = act_scale * scaled
+        if act_scale.shape[-1] > 1:
+            zero_point = act_zero_point[:, g : g + 1]
+            scaled += act_scale[:, g : g + 1] * (weight_scale[:, g] * (acc.float() - zero_point * weight_sums[:, g]))
+        else:
+            scaled += weight_scale[:, g] * (acc.float() - act_zero_point * weight_sums[:, g])
+    y = scaled if act_scale.shape[-1] > 1 else act_scale * scaled
     if bias is not None:
         y = y + bias.float()
     if residual is not None:

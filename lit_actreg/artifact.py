@@ -29,7 +29,6 @@ from lit_actreg.compressed_tensors import (
     WeightFormat,
     choose_format,
     empty_linear,
-    input_mode,
     linear_from_file,
     linear_to_file,
     quantization_config,
@@ -205,7 +204,7 @@ def read_artifact(path: Path, device: torch.device | str = "cpu") -> Decoder:
             for site in SITES:
                 old = getattr(block, site)
                 (rows, columns), bias = old.weight.shape, old.bias is not None
-                linear = empty_linear(rows, columns, bias, input_mode(quant, site), quant.activation_bits, weights)
+                linear = empty_linear(rows, columns, bias, quant, site, weights)
                 setattr(block, site, linear)
                 buffers = linear_from_file(config, index, site, linear, format, found)
                 state |= {f"blocks.{index}.{site}.{name}": tensor for name, tensor in buffers.items()}

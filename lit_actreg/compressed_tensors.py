@@ -7,10 +7,11 @@ Weights are stored in one of two formats, Ŵ = (q − z) · s in both:
 - "int-quantized" (all others): ``weight`` int8 [N, K], with ``weight_zero_point`` int8 [N, G] if asymmetric.
 
 Both have ``weight_scale`` float32 [N, G]. Inputs: "static" stores ``input_scale`` float32 [1] and
-``input_zero_point`` int8 [1]; "token" stores nothing; "none" has no ``input_activations`` in its group and so is a
+``input_zero_point`` int8 [1]; "token" stores nothing (its strategy is ``TOKEN``, or ``GROUP`` for groups of a token's
+columns); "none" has no ``input_activations`` in its group and so is a
 weights-only layer, whoever loads it.
 
-compressed-tensors' ``TOKEN`` strategy is our per-token grid, but for one corner: a token whose range is below 15e-8
+Both are our per-token grids, but for one corner: a token whose range is below 15e-8
 (4 bits) has scale 1e-8 here and its own there. Both give values below 1e-7 of a normal input's.
 """
 
@@ -59,11 +60,6 @@ def choose_format(bits: int, symmetric: bool, wanted: WeightFormat = "auto") -> 
     return ("pack-quantized" if can_pack else "int-quantized") if wanted == "auto" else wanted
 
 
-def input_mode(quant: QuantConfig, site: Site) -> str:
-    """How a stored layer's input is quantized: "static", "token" or "none"."""
-    return quant.activations if site in quant.sites else "none"
-
-
 def quantization_config(
     config: ModelConfig, quant: QuantConfig, weight: QuantizedLinear, format: str
 ) -> dict[str, Any]:
@@ -81,24 +77,25 @@ def quantization_config(
     }
     if groups_a_row > 1:
         weights["group_size"] = weight.in_features // groups_a_row
-    inputs: dict[str, Any] = {
-        "num_bits": quant.activation_bits,
-        "type": "int",
-        "symmetric": False,
-        "strategy": "token" if quant.activations == "token" else "tensor",
-        "dynamic": quant.activations == "token",
-    }
-    quantized = [site for site in SITES if input_mode(quant, site) != "none"]
-    as_it_is = [site for site in SITES if site not in quantized]
     groups: dict[str, Any] = {}
-    for sites, activations in ((quantized, inputs), (as_it_is, None)):
+    for mode in ("static", "token", "none"):
+        sites = [site for site in SITES if quant.mode(site) == mode]
         if sites:
             leaves = "|".join(name.split(".")[-1] for site in sites for name in LINEARS[config.style][site])
+            inputs = {
+                "num_bits": quant.activation_bits,
+                "type": "int",
+                "symmetric": False,
+                "strategy": "token" if mode == "token" else "tensor",
+                "dynamic": mode == "token",
+            }
+            if mode == "token" and quant.token_group_size is not None:
+                inputs |= {"strategy": "group", "group_size": quant.token_group_size}
             groups[f"group_{len(groups)}"] = {
                 "targets": ["Linear"] if len(sites) == len(SITES) else [f"re:.*\\.({leaves})$"],
                 "format": format,
                 "weights": weights,
-                "input_activations": activations,
+                "input_activations": None if mode == "none" else inputs,
                 "output_activations": None,
             }
     return {
@@ -121,21 +118,29 @@ def read_quantization_config(theirs: Mapping[str, Any], style: str, source: Path
         )
     if not theirs.get("config_groups"):
         raise ValueError(f"{source}: its quantization_config has no config_groups: write the artifact again")
-    quant, weights = QuantConfig(activations="none", sites=[]), {}
+    weights, bits, group_size = {}, 4, None
+    sites: dict[str, list[Site]] = {"static": [], "token": []}
     for group in theirs["config_groups"].values():
         weights, inputs = group["weights"], group["input_activations"]
         if inputs is not None:
             pattern = ".*" if group["targets"] == ["Linear"] else group["targets"][0].removeprefix("re:")
-            sites = [site for site in SITES if re.match(pattern, LINEARS[style][site][0])]
-            mode: Literal["token", "static"] = "token" if inputs["dynamic"] else "static"
-            quant = QuantConfig(activations=mode, activation_bits=inputs["num_bits"], sites=sites)
+            found = [site for site in SITES if re.match(pattern, LINEARS[style][site][0])]
+            sites["token" if inputs["dynamic"] else "static"] += found
+            bits, group_size = inputs["num_bits"], inputs.get("group_size") or group_size
+    quantized = [site for site in SITES if site in sites["static"] + sites["token"]]
+    activations: Literal["static", "token", "none"] = "token" if quantized else "none"
+    per_token: list[Site] = []
+    if sites["static"]:
+        activations, per_token = "static", sites["token"]
+    quant = QuantConfig(activations, bits, sites=quantized, per_token_sites=per_token, token_group_size=group_size)
     return quant, weights
 
 
 def empty_linear(
-    num_rows: int, num_columns: int, bias: bool, mode: str, activation_bits: int, weights: Mapping[str, Any]
+    num_rows: int, num_columns: int, bias: bool, quant: QuantConfig, site: Site, weights: Mapping[str, Any]
 ) -> QuantizedLinear:
     """A layer of the right shapes and dtypes on the meta device, to be filled."""
+    mode = quant.mode(site)
     groups = num_columns // weights["group_size"] if weights["strategy"] == "group" else 1
     with torch.device("meta"):
         codes, scale = torch.empty(num_rows, num_columns, dtype=torch.int8), torch.empty(num_rows, groups)
@@ -144,9 +149,10 @@ def empty_linear(
             QuantizedWeight(codes, scale, zero_point, weights["num_bits"]),
             torch.empty(num_rows) if bias else None,
             mode,
-            activation_bits,
+            quant.activation_bits,
             torch.empty(1) if mode == "static" else None,
             torch.empty(1, dtype=torch.int8) if mode == "static" else None,
+            quant.token_group_size if mode == "token" else None,
         )
 
 

@@ -79,6 +79,9 @@ class QuantConfig:
         activation_bits: Bits of the grid, 2-8.
         zero_point: "integer" (zero is exact; kernels and formats can hold it) or "real" (as published).
         sites: Linear inputs that are quantized.
+        per_token_sites: Those of ``sites`` whose grid follows each token though activations are "static".
+        token_group_size: Neighbouring columns of a token that share a grid where grids follow tokens; null: all of
+            them. Groups are what SwiGLU's product needs: its tails are long in every token.
         outside_gradient: Gradient of an input outside its clips: "masked" (none, as published) or "passed".
     """
 
@@ -86,14 +89,25 @@ class QuantConfig:
     activation_bits: int = 4
     zero_point: Literal["integer", "real"] = "integer"
     sites: list[Site] = field(default_factory=lambda: list(SITES))
+    per_token_sites: list[Site] = field(default_factory=list)
+    token_group_size: int | None = None
     outside_gradient: Literal["masked", "passed"] = "masked"
 
     def __post_init__(self) -> None:
         if not 2 <= self.activation_bits <= 8:
             raise ValueError(f"activation_bits {self.activation_bits} is out of range: choose 2 to 8")
-        unknown = sorted(set(self.sites) - set(SITES))
+        unknown = sorted(set(self.sites + self.per_token_sites) - set(SITES))
         if unknown:
             raise ValueError(f"unknown sites {unknown}: choose from {list(SITES)}")
+        unquantized = sorted(set(self.per_token_sites) - set(self.sites))
+        if unquantized:
+            raise ValueError(f"per_token_sites {unquantized} are not quantized: name them in sites too")
+
+    def mode(self, site: Site) -> str:
+        """How one site's input is quantized: as ``activations`` says, "token" or "none"."""
+        if site not in self.sites:
+            return "none"
+        return "token" if self.activations == "static" and site in self.per_token_sites else self.activations
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lit_actreg_kernels.grid import num_groups
 from torch import Tensor
 
 from lit_actreg.compressed_tensors import WeightFormat
@@ -17,7 +18,6 @@ from lit_actreg.contracts import Quantizer
 from lit_actreg.model import Decoder
 from lit_actreg.quant.clips import ClipMethod
 from lit_actreg.quant.quantized_linear import int4_obstacle
-from lit_actreg.quant.weight_grid import num_groups
 
 
 def stored_quant_config(
@@ -54,12 +54,13 @@ def plan_layers(model: Decoder, quantizer: Quantizer, quant: QuantConfig) -> lis
     for index, block in enumerate(model.blocks):
         for site in SITES:
             linear = getattr(block, site)
+            inputs = quant.mode(site)
             try:
                 groups = num_groups(linear.in_features, quantizer.group_size)
+                in_groups = num_groups(linear.in_features, quant.token_group_size if inputs == "token" else None)
             except ValueError as error:
                 raise ValueError(f"blocks.{index}.{site}: {error}") from None
-            inputs = quant.activations if site in quant.sites else "none"
-            obstacle = int4_obstacle(quantizer.bits, quantizer.symmetric, inputs)
+            obstacle = int4_obstacle(quantizer.bits, quantizer.symmetric, inputs, groups, in_groups)
             layers.append(
                 {
                     "layer": f"blocks.{index}.{site}",

@@ -29,10 +29,11 @@ and after that the layer is rounded to nearest ("fallback").
 
 import torch
 from lit_actreg_kernels import ops
+from lit_actreg_kernels.grid import num_groups
 from torch import Tensor
 
 from lit_actreg.contracts import QuantizedWeight, Quantizer
-from lit_actreg.quant.weight_grid import ScaleSearch, num_groups, round_to_nearest, weight_grid
+from lit_actreg.quant.weight_grid import ScaleSearch, round_to_nearest, weight_grid
 
 
 def inverse_factor(hessian: Tensor) -> Tensor | None:

@@ -23,12 +23,14 @@ where a value lies on the edge between two.
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from lit_actreg_kernels import ops
 from lit_actreg_kernels.module import Int4Linear
 from torch import Tensor, nn
 
 from lit_actreg.config import SITES
 from lit_actreg.model import Block, LayerCache
+from lit_actreg.quant.fused import swiglu
 
 
 def grid_of(linear: Int4Linear) -> tuple[Any, Any, int]:
@@ -57,7 +59,9 @@ class Int4Block(Block):
         if type(block) is not Block or block.loss_terms or block.config.width > ops.MAX_NORM_COLUMNS:
             return False
         linears = [getattr(block, site) for site in SITES]
-        return all(isinstance(linear, Int4Linear) and linear.act_scale is not None for linear in linears)
+        if not all(isinstance(linear, Int4Linear) for linear in linears):
+            return False
+        return all(linear.act_scale is not None for linear in linears[:3])
 
     def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
@@ -72,6 +76,11 @@ class Int4Block(Block):
             x_BTD = attn_proj.forward_codes(codes, x_BTD.dtype, residual=x_BTD)
         else:
             x_BTD = attn_proj(self.attend(qkv, cos, sin, cache), residual=x_BTD)
-        codes = mlp_in.forward_norm(x_BTD, norm_2, activation, mlp_proj)
-        x_BTD = mlp_proj.forward_codes(codes, x_BTD.dtype, residual=x_BTD)
+        if mlp_proj.act_scale is None:
+            hidden = mlp_in.forward_norm(x_BTD, norm_2)
+            activated = F.gelu(hidden) if self.config.style == "neox" else swiglu(hidden)
+            x_BTD = mlp_proj(activated, residual=x_BTD)
+        else:
+            codes = mlp_in.forward_norm(x_BTD, norm_2, activation, mlp_proj)
+            x_BTD = mlp_proj.forward_codes(codes, x_BTD.dtype, residual=x_BTD)
         return x_BTD, x_BTD.new_zeros(0, dtype=torch.float32)

@@ -36,6 +36,7 @@ def int4_linear(linear: QuantizedLinear) -> Int4Linear:
         linear.input_zero_point,
         linear.activation_bits,
         linear.weight_bits,
+        linear.activation_groups,
     )
 
 
@@ -71,7 +72,9 @@ class W4A4Precision(Precision):
             for name, child in list(parent.named_children()):
                 if not isinstance(child, QuantizedLinear):
                     continue
-                obstacle = int4_obstacle(child.weight_bits, child.weight_zero_point is None, child.activations)
+                groups = (child.weight_scale.shape[1], child.activation_groups)
+                symmetric = child.weight_zero_point is None
+                obstacle = int4_obstacle(child.weight_bits, symmetric, child.activations, *groups)
                 if obstacle is not None:
                     obstacles[obstacle] += 1
                 else:

@@ -85,6 +85,18 @@ def test_input_grids_by_site(activations, sites, tmp_path):
         assert linear.activations == "none" or linear.activation_bits == 5
 
 
+def test_grids_that_follow_tokens_at_some_sites(tmp_path):
+    quant = QuantConfig(sites=["qkv", "attn_proj", "mlp_proj"], per_token_sites=["mlp_proj"], token_group_size=9)
+    written(tmp_path / "out", quant=quant)
+    read = read_artifact(tmp_path / "out")
+    assert read.quant == quant
+    linears = [read.blocks[1].get_submodule(site) for site in SITES]
+    assert [linear.activations for linear in linears] == ["static", "static", "none", "token"]
+    assert [linear.activation_groups for linear in linears] == [1, 1, 1, linears[3].in_features // 9]
+    with pytest.raises(ValueError, match=r"per_token_sites \['mlp_in'\] are not quantized"):
+        QuantConfig(sites=["qkv"], per_token_sites=["mlp_in"])
+
+
 def test_a_wish_that_stock_readers_cannot_load_is_refused():
     assert choose_format(4, True, "int-quantized") == "int-quantized"
     for bits, symmetric in ((3, True), (4, False)):

@@ -13,6 +13,7 @@ transformers runs in a process of its own that imports nothing of ours.
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ CASES = {
     "llama_static_groups": ("llama", QuantConfig(), GPTQ(group_size=9), True),
     "llama_static_asymmetric": ("llama", QuantConfig(activation_bits=8), RTN(4, symmetric=False), False),
     "llama_some_sites_token": ("llama", QuantConfig(activations="token", sites=["qkv", "mlp_in"]), RTN(8), True),
+    "llama_token_groups": (
+        "llama",
+        QuantConfig(per_token_sites=["attn_proj", "mlp_proj"], token_group_size=9),
+        GPTQ(),
+        True,
+    ),
+    "neox_token_groups": ("neox", QuantConfig(activations="token", token_group_size=9), RTN(4, group_size=9), True),
     "llama_weights_only": ("llama", QuantConfig(activations="none"), RTN(4), True),
 }
 IDS = text_ids(16)
@@ -128,7 +136,7 @@ def test_transformers_gives_our_codes_and_perplexity_over_a_text(name, artifacts
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[1].activations != "none"])
 def test_training_layer_equals_the_artifacts_to_the_bit(name, artifacts):
     style, quant, _, tie = CASES[name]
-    integer = QuantConfig(quant.activations, quant.activation_bits, "integer", quant.sites)
+    integer = replace(quant, zero_point="integer")
     trained, model = small_decoder(style, integer, tie), read_artifact(artifacts / name)
     for index, site, linear in linears(model):
         layer = trained.blocks[index].get_submodule(site)
@@ -137,7 +145,7 @@ def test_training_layer_equals_the_artifacts_to_the_bit(name, artifacts):
         assert torch.equal(layer(x), linear(x))
         x_hat = layer.input_quantizer(x)
         if linear.activations != "none":
-            assert torch.equal(x_hat, grid.dequantize(*linear.quantize_input(x)))
+            assert torch.equal(x_hat, linear.fake_quantize_input(x))
 
 
 def served_by_kernels():
@@ -162,8 +170,10 @@ def test_kernels_give_the_same_codes_and_accumulators(name, artifacts):
         codes, scale, zero_point = linear.quantize_input(x)
         if linear.activations == "token":
             for module in (reference, act_quant):
-                found = module.quantize_activation_per_token(x, linear.activation_bits)
-                assert all(torch.equal(a, b) for a, b in zip(found, (codes, scale, zero_point.float()), strict=True))
+                groups = x.unflatten(-1, (linear.activation_groups, -1))
+                found = module.quantize_activation_per_token(groups, linear.activation_bits)
+                expected = (codes, scale, zero_point.float())
+                assert all(torch.equal(a.flatten(1), b) for a, b in zip(found, expected, strict=True))
         else:
             for module in (reference, act_quant):
                 found = module.quantize_activation(x, scale, zero_point.float(), linear.activation_bits)
@@ -188,7 +198,7 @@ def test_integer_layer_is_within_the_rounding_of_a_float32_sum(name, artifacts):
     model = read_artifact(artifacts / name)
     for index, site, linear in linears(model):
         x = layer_input(linear, index, site)
-        x_hat = grid.dequantize(*linear.quantize_input(x)).double()
+        x_hat = linear.fake_quantize_input(x).double()
         terms = x_hat.abs() @ linear.dequantized_weight().double().abs().T
         bias = 0.0 if linear.bias is None else linear.bias.double().abs()
         bound = 2.0**-24 * ((linear.in_features + linear.weight_scale.shape[1] + 8) * terms + 2 * (terms + bias))

@@ -123,3 +123,14 @@ def test_per_token_grid_covers_each_token_and_passes_the_gradient():
     assert ((y - x.view(32, 128)).abs().amax(-1) <= step * 1.0001).all()
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_groups_of_a_token_have_a_grid_each():
+    x, *_ = inputs(torch.float32)
+    x = x.detach().view(32, 128)
+    x[:, 5] *= 100  # an outlier channel costs its own group only
+    y = fake_quantize_per_token(x, group_size=32)
+    assert torch.equal(y, torch.cat([fake_quantize_per_token(part) for part in x.split(32, dim=1)], dim=1))
+    assert (y - x)[:, 32:].abs().max() < 0.1 * (fake_quantize_per_token(x) - x)[:, 32:].abs().max()
+    with pytest.raises(ValueError, match="group_size 48 does not divide the 128 input columns"):
+        fake_quantize_per_token(x, group_size=48)

@@ -20,7 +20,7 @@ returns gets another output's gradient. Hence the copy in ``forward``; docs/qat-
 from typing import Any, Literal
 
 import torch
-from lit_actreg_kernels.grid import code_range, grid_from_clips, grid_per_token
+from lit_actreg_kernels.grid import code_range, grid_from_clips, grid_per_token, num_groups
 from torch import Tensor
 
 Outside = Literal["masked", "passed"]
@@ -79,11 +79,15 @@ def fake_quantize(
     return _FakeQuantize.apply(x, low, high, bits, integer_zero_point, outside, rounds)  # type: ignore[no-any-return]
 
 
-def fake_quantize_per_token(x: Tensor, bits: int = 4) -> Tensor:
-    """x̂ of x [..., K] on each token's own min-max grid; straight-through gradient (nothing is clipped)."""
+def fake_quantize_per_token(x: Tensor, bits: int = 4, group_size: int | None = None) -> Tensor:
+    """x̂ of x [..., K] on each token's own min-max grid, or on one for every ``group_size`` columns of a token.
+
+    Straight-through gradient (nothing is clipped).
+    """
     q_min, q_max = code_range(bits)
     with torch.no_grad():
         wide = _widen(x)
-        scale, zero_point = grid_per_token(wide, bits)
-        x_hat = ((wide / scale + zero_point).round().clamp(q_min, q_max) - zero_point) * scale
-    return x_hat.to(x.dtype) + (x - x.detach())
+        groups = wide.unflatten(-1, (num_groups(x.shape[-1], group_size), -1))
+        scale, zero_point = grid_per_token(groups, bits)
+        x_hat = ((groups / scale + zero_point).round().clamp(q_min, q_max) - zero_point) * scale
+    return x_hat.view_as(x).to(x.dtype) + (x - x.detach())

@@ -71,11 +71,16 @@ def gelu_linear(linear: nn.Module, hidden: Tensor) -> Tensor:
     return linear.project(training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options()))
 
 
+def swiglu(hidden: Tensor) -> Tensor:
+    """silu(gate) · up for hidden = [gate, up]: [..., 2H] → [..., H]."""
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def swiglu_linear(linear: nn.Module, hidden: Tensor) -> Tensor:
     """linear(silu(gate) · up) for hidden = [gate, up]: [..., 2H] → [..., N]."""
     if not fuses(linear, hidden):
-        gate, up = hidden.chunk(2, dim=-1)
-        return linear(F.silu(gate) * up)
+        return linear(swiglu(hidden))
     assert isinstance(linear, QuantLinear)
     q = linear.input_quantizer
     return linear.project(training_ops.swiglu_fake_quantize(hidden, q.low, q.high, *q.grid_options()))

@@ -15,8 +15,7 @@ from lit_actreg.quant.rivals import fake_quantize_quest, fake_quantize_rotated
 
 # Lowest value of the activation function, where c⁻ belongs. min GELU(x) = −0.16997, at x = −0.7518.
 GELU_MINIMUM = -0.17
-# Grids that follow each token, without clips
-PER_TOKEN = {"token": fake_quantize_per_token, "rotated": fake_quantize_rotated, "quest": fake_quantize_quest}
+RIVALS = {"rotated": fake_quantize_rotated, "quest": fake_quantize_quest}
 
 
 class InputQuantizer(nn.Module):
@@ -53,7 +52,8 @@ class InputQuantizer(nn.Module):
         self.outside = config.outside_gradient
         self.integer_zero_point = config.zero_point == "integer"
         self.bits = config.activation_bits
-        self.mode = config.activations if self.site in config.sites else "none"
+        self.mode = config.mode(self.site)
+        self.group_size = config.token_group_size if self.mode == "token" else None
 
     def fuses(self, x: Tensor) -> bool:
         """Whether the fused operators stand for the formula, for an input on the device of x."""
@@ -67,8 +67,10 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "none":
             return x
-        if self.mode in PER_TOKEN:
-            return PER_TOKEN[self.mode](x, self.bits)
+        if self.mode == "token":
+            return fake_quantize_per_token(x, self.bits, self.group_size)
+        if self.mode in RIVALS:
+            return RIVALS[self.mode](x, self.bits)
         if not self.enabled:
             return x + 0.0 * (self.low + self.high).to(x.dtype)
         if self.fuses(x):

@@ -10,6 +10,7 @@ fake-quantized layer computed in training with Ŵ in place of W. It is the refer
 import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import grid
+from lit_actreg_kernels.grid import num_groups
 from torch import Tensor, nn
 
 from lit_actreg.contracts import QuantizedWeight
@@ -17,10 +18,14 @@ from lit_actreg.quant.linear import InputQuantizer
 from lit_actreg.quant.weight_grid import dequantize_weight
 
 
-def int4_obstacle(weight_bits: int, symmetric: bool, activations: str) -> str | None:
+def int4_obstacle(
+    weight_bits: int, symmetric: bool, activations: str, weight_groups: int = 1, activation_groups: int = 1
+) -> str | None:
     """Why the integer kernels cannot serve such a layer; None if they can."""
     if activations == "none":
         return "their inputs are not quantized"
+    if activation_groups > 1 and weight_groups not in (1, activation_groups):
+        return f"their weights have {weight_groups} groups a row, their inputs {activation_groups}"
     if weight_bits > 4:
         return f"their weights have {weight_bits} bits, the kernels hold 4"
     return None if symmetric else "their weights are asymmetric"
@@ -35,6 +40,7 @@ class QuantizedLinear(nn.Module):
         activations: Grid of the input. "static": ``input_scale`` and ``input_zero_point``; "token": each token's
             own min-max grid; "none": the input stays as it is (weights only).
         activation_bits: Bits of that grid.
+        activation_group_size: "token" only: neighbouring columns of a token that share a grid; None: all of them.
         input_scale: float32 [1], "static" only.
         input_zero_point: int8 [1], "static" only.
     """
@@ -54,12 +60,14 @@ class QuantizedLinear(nn.Module):
         activation_bits: int,
         input_scale: Tensor | None = None,
         input_zero_point: Tensor | None = None,
+        activation_group_size: int | None = None,
     ) -> None:
         super().__init__()
         assert activations in ("static", "token", "none"), activations
         assert (activations == "static") == (input_scale is not None) == (input_zero_point is not None)
         self.out_features, self.in_features = weight.codes.shape
         self.weight_bits, self.activations, self.activation_bits = weight.bits, activations, activation_bits
+        self.activation_groups = num_groups(self.in_features, activation_group_size)
         self.register_buffer("codes", weight.codes)
         self.register_buffer("weight_scale", weight.scale)
         self.register_buffer("weight_zero_point", weight.zero_point)
@@ -74,7 +82,7 @@ class QuantizedLinear(nn.Module):
         """Takes the input's grid from a trained layer; its learned clips become a scale and an integer zero point."""
         if quantizer.mode != "static":
             mode = quantizer.mode if quantizer.mode == "token" else "none"
-            return cls(weight, bias, mode, quantizer.bits)
+            return cls(weight, bias, mode, quantizer.bits, activation_group_size=quantizer.group_size)
         assert quantizer.integer_zero_point, "no format holds a real zero point"
         low, high = quantizer.low.detach().float(), quantizer.high.detach().float()
         scale, zero_point = grid.grid_from_clips(low, high, quantizer.bits)
@@ -85,21 +93,31 @@ class QuantizedLinear(nn.Module):
         return dequantize_weight(self.codes, self.weight_scale, self.weight_zero_point)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes int8 of x [..., K] with their scale and zero point ([1], or [..., 1] per token)."""
+        """Codes int8 of x [..., K] with their scale and zero point: [1], or per token [..., G], one a group."""
         if self.activations == "token":
-            scale, zero_point = grid.grid_per_token(x, self.activation_bits)
-        else:
-            assert self.input_scale is not None
-            assert self.input_zero_point is not None
-            scale, zero_point = self.input_scale, self.input_zero_point
-        return grid.quantize(x, scale, zero_point, self.activation_bits), scale, zero_point
+            groups = x.unflatten(-1, (self.activation_groups, -1))
+            scale, zero_point = grid.grid_per_token(groups, self.activation_bits)
+            codes = grid.quantize(groups, scale, zero_point, self.activation_bits).flatten(-2)
+            return codes, scale.squeeze(-1), zero_point.squeeze(-1)
+        assert self.input_scale is not None
+        assert self.input_zero_point is not None
+        codes = grid.quantize(x, self.input_scale, self.input_zero_point, self.activation_bits)
+        return codes, self.input_scale, self.input_zero_point
+
+    def fake_quantize_input(self, x: Tensor) -> Tensor:
+        """x̂ of x [..., K], float32."""
+        if self.activations == "none":
+            return x.float()
+        codes, scale, zero_point = self.quantize_input(x.float())
+        groups = codes.unflatten(-1, (scale.shape[-1], -1))
+        return grid.dequantize(groups, scale[..., None], zero_point[..., None]).flatten(-2)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x_hat = x.float() if self.activations == "none" else grid.dequantize(*self.quantize_input(x.float()))
-            return F.linear(x_hat, self.dequantized_weight(), self.bias).to(x.dtype)
+            return F.linear(self.fake_quantize_input(x), self.dequantized_weight(), self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         inputs = "" if self.activations == "none" else f"A{self.activation_bits} {self.activations}, "
+        inputs += f"{self.activation_groups} groups a token, " if self.activation_groups > 1 else ""
         groups = self.weight_scale.shape[1]
         return f"{self.in_features}, {self.out_features}, {inputs}W{self.weight_bits}, {groups} groups a row"

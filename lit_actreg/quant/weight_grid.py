@@ -16,24 +16,13 @@ from typing import Literal
 
 import torch
 from lit_actreg_kernels import grid
+from lit_actreg_kernels.grid import num_groups
 from torch import Tensor
 
 from lit_actreg.contracts import QuantizedWeight
 
 ScaleSearch = Literal["minmax", "mse"]
 SHRINK_FACTORS = tuple(1.0 - 0.02 * step for step in range(41))
-
-
-def num_groups(num_columns: int, group_size: int | None) -> int:
-    """Groups in a row of ``num_columns`` weights; 1 without groups."""
-    if group_size is None:
-        return 1
-    if num_columns % group_size:
-        raise ValueError(
-            f"group_size {group_size} does not divide the {num_columns} input columns: choose a divisor, or null for "
-            "one scale per output channel"
-        )
-    return num_columns // group_size
 
 
 def _grid_of_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
