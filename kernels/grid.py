@@ -39,13 +39,13 @@ def grid_from_clips(low: Tensor, high: Tensor, bits: int, integer_zero_point: bo
     return scale, zero_point
 
 
-def num_groups(num_columns: int, group_size: int | None) -> int:
+def num_groups(num_columns: int, group_size: int | None, option: str = "group_size") -> int:
     """Groups of neighbouring columns that share a grid, in a row of a weight or in a token; 1 without groups."""
     if group_size is None:
         return 1
     if group_size < 1 or num_columns % group_size:
         raise ValueError(
-            f"group_size {group_size} does not divide the {num_columns} input columns: choose a divisor, or null for "
+            f"{option} {group_size} does not divide the {num_columns} input columns: choose a divisor, or null for "
             "one grid a row"
         )
     return num_columns // group_size

@@ -9,9 +9,10 @@ the two halves of the activations, so nothing is ever interleaved.
 Hopper's wgmma may come from there. INT4 tensor cores do not exist on sm_90 and later, so int8 ones do the work and
 four bits buy bandwidth and memory.
 
-**Regimes.** One token: :mod:`.int4_gemv`, without tensor cores. Up to 64: the weights are read once and that is the
-time it takes; K is split when N gives too few tiles. Split programs write int32 partial sums, and the last one of a
-tile to arrive (it takes a ticket) adds them: integers, so the result does not depend on the order. Many tokens:
+**Regimes.** One token: :mod:`.int4_gemv`, or :mod:`.int4_grouped_gemv`, without tensor cores. Up to 64: the weights
+are read once and that is the time it takes; K is split when N gives too few tiles. Split programs write int32 partial
+sums, and the last one of a tile to arrive (it takes a ticket) adds them: integers, so the result does not depend on the
+order. Many tokens:
 :mod:`.int4_hopper` where it serves and its large tiles fill the GPU; else 128 × 128 tiles, two programs a
 multiprocessor so that one unpacks while the other multiplies, ordered so that neighbours share weights in L2.
 
@@ -31,6 +32,8 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
 from lit_actreg_kernels.int4_gemv import serves as gemv_serves
+from lit_actreg_kernels.int4_grouped_gemv import int4_grouped_gemv
+from lit_actreg_kernels.int4_grouped_gemv import serves as grouped_gemv_serves
 from lit_actreg_kernels.int4_tile import INTERPRETED, correct, finish, scale_rows, times_16, times_16_high, times_16_low
 from torch import Tensor
 
@@ -281,6 +284,9 @@ def int4_linear(
     epilogue = (act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
     if isinstance(tile, GemvTile) or (tile is None and gemv_serves(num_tokens, packed, num_groups)):
         int4_gemv(x, packed, *epilogue, y, act_bits, tile=tile)
+        return y
+    if tile is None and grouped_gemv_serves(x, packed, num_groups):
+        int4_grouped_gemv(x, packed, *epilogue, y)
         return y
     hopper = hopper_kernel(x.device)
     serves = hopper is not None and num_groups == 1 and hopper.serves(x, packed)

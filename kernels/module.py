@@ -25,8 +25,9 @@ class Int4Linear(nn.Module):
         act_zero_point: Its zero point, [1]; may have a fraction.
         act_bits: Bits of the activation grid, 2-8.
         weight_bits: Bits of the weight grid, 2-4 (all are stored in four).
-        act_groups: Groups of a token's columns with a grid of their own, dynamic grids only. The weight's scale and
-            sums are then kept by group too: 8 bytes beside the K / (2G) of a group's codes.
+        act_groups: Groups of a token's columns with a grid of their own, dynamic grids only. A multiple of the weight's
+            groups, or a divisor. The weight's scale and sums are kept for every group of the finer of both: 8 bytes
+            beside the K / (2G) of a group's codes.
 
     Buffers stay float32 and int32 under ``module.to(dtype)``: they are arithmetic, not activations.
     """
@@ -62,11 +63,14 @@ class Int4Linear(nn.Module):
                 f"{self.in_features} input columns: the kernels need fewer than {ops.MAX_COLUMNS}, "
                 f"divisible by {weight_scale.shape[1]} groups"
             )
-        if act_groups > 1 and (act_scale is not None or weight_scale.shape[1] not in (1, act_groups)):
+        if act_groups > 1 and (act_scale is not None or self.in_features % act_groups):
+            raise ValueError(f"{act_groups} groups of activations: their grids must be dynamic, and they must divide K")
+        num_groups, coarser = max(act_groups, weight_scale.shape[1]), min(act_groups, weight_scale.shape[1])
+        if num_groups % coarser:
             raise ValueError(
-                f"{act_groups} groups of activations: their grids must be dynamic, the weight's groups one or as many"
+                f"{act_groups} groups of activations, {weight_scale.shape[1]} of weights: no whole multiple"
             )
-        weight_scale = weight_scale.expand(-1, max(act_groups, weight_scale.shape[1]))
+        weight_scale = weight_scale.repeat_interleave(num_groups // weight_scale.shape[1], 1)
         self.act_bits, self.weight_bits, self.num_groups = act_bits, weight_bits, weight_scale.shape[1]
         self.act_groups = act_groups
         padded = functional.pad(codes, (0, -self.in_features % _ROW_COLUMNS))
@@ -97,9 +101,11 @@ class Int4Linear(nn.Module):
         if self.act_scale is None:
             x_MGK = x_MK.unflatten(-1, (self.act_groups, -1))
             codes, scale, zero_point = ops.quantize_activation_per_token(x_MGK, self.act_bits)
-            y_MN = ops.int4_linear(
-                codes.flatten(1), self.packed, scale.squeeze(-1), zero_point.squeeze(-1), *weight, x.dtype
-            )
+            scale, zero_point = scale.squeeze(-1), zero_point.squeeze(-1)
+            if 1 < self.act_groups < self.num_groups:  # the weight's groups are finer
+                repeats = self.num_groups // self.act_groups
+                scale, zero_point = scale.repeat_interleave(repeats, 1), zero_point.repeat_interleave(repeats, 1)
+            y_MN = ops.int4_linear(codes.flatten(1), self.packed, scale, zero_point, *weight, x.dtype)
         else:
             grid = (self.act_scale, self.act_zero_point, self.act_bits)
             y_MN = ops.quantized_int4_linear(x_MK, self.packed, *grid, *weight)

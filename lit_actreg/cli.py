@@ -142,6 +142,10 @@ class ActRegCLI(LightningCLI):
             activations = "token" if subcommand == "quantize" else "none"
             options.model.quant = Namespace(as_plain(QuantConfig(activations=activations)))  # type: ignore[arg-type]
             rank_zero_info(f'{path} has no clips: --model.quant.activations is "{activations}"')
+        if subcommand != "fit" and info.quant is not None and not several and not options.get("calibrate"):
+            wanted = QuantConfig(**options.model.quant.as_dict())
+            if unlearned := sorted(set(wanted.clipped_sites) - set(info.quant.clipped_sites)):
+                raise ValueError(f"{path} has no clips at {unlearned}: its model.quant is {as_plain(info.quant)}")
         if info.folder is not None and not several:
             options.model.init_from, options.ckpt_path = path, None
         rank_zero_info(f"Shape, vocabulary and tokenizer come from {path}")

@@ -79,9 +79,10 @@ class QuantConfig:
         activation_bits: Bits of the grid, 2-8.
         zero_point: "integer" (zero is exact; kernels and formats can hold it) or "real" (as published).
         sites: Linear inputs that are quantized.
-        per_token_sites: Those of ``sites`` whose grid follows each token though activations are "static".
-        token_group_size: Neighbouring columns of a token that share a grid where grids follow tokens; null: all of
-            them. Groups are what SwiGLU's product needs: its tails are long in every token.
+        per_token_sites: Those of ``sites`` that have no clips where others have: their grids follow each token
+            ("static"), and nothing is clamped ("clamp").
+        token_group_size: Neighbouring columns of a token that share a min-max grid, at sites whose grids follow tokens;
+            null: all of them. Groups are what SwiGLU's product needs: its tails are long in every token.
         outside_gradient: Gradient of an input outside its clips: "masked" (none, as published) or "passed".
     """
 
@@ -102,12 +103,23 @@ class QuantConfig:
         unquantized = sorted(set(self.per_token_sites) - set(self.sites))
         if unquantized:
             raise ValueError(f"per_token_sites {unquantized} are not quantized: name them in sites too")
+        if self.token_group_size is not None and self.token_group_size < 1:
+            raise ValueError(
+                f"token_group_size {self.token_group_size} is no number of columns: choose 1 or more, or null"
+            )
 
     def mode(self, site: Site) -> str:
         """How one site's input is quantized: as ``activations`` says, "token" or "none"."""
         if site not in self.sites:
             return "none"
-        return "token" if self.activations == "static" and site in self.per_token_sites else self.activations
+        if site in self.per_token_sites:
+            return {"static": "token", "clamp": "none"}.get(self.activations, self.activations)
+        return self.activations
+
+    @property
+    def clipped_sites(self) -> list[Site]:
+        """Sites whose inputs have clips."""
+        return [site for site in SITES if self.mode(site) in ("static", "clamp")]
 
 
 @dataclass

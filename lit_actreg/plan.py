@@ -32,10 +32,11 @@ def stored_quant_config(
         reason = 'format "gptq_v2" has no place for activation scales'
         return replace(quant, activations="none"), [f"WEIGHTS ONLY (16-bit activations): {reason}"]
     if calibrate is not None:
-        if not quant.sites:
+        calibrated = replace(quant, activations="static", zero_point="integer")
+        if not calibrated.clipped_sites:
             raise ValueError(f'calibrate "{calibrate}" has no site whose clips it could set: name quant.sites')
-        return replace(quant, activations="static", zero_point="integer"), [f'clips were calibrated by "{calibrate}"']
-    if quant.activations == "static" and quant.sites and quant.zero_point == "real":
+        return calibrated, [f'clips were calibrated by "{calibrate}"']
+    if quant.activations == "static" and quant.clipped_sites and quant.zero_point == "real":
         if not round_zero_point:
             raise ValueError(
                 'the model was trained with zero_point "real", which no checkpoint format can hold: set '
@@ -57,7 +58,8 @@ def plan_layers(model: Decoder, quantizer: Quantizer, quant: QuantConfig) -> lis
             inputs = quant.mode(site)
             try:
                 groups = num_groups(linear.in_features, quantizer.group_size)
-                in_groups = num_groups(linear.in_features, quant.token_group_size if inputs == "token" else None)
+                token_group_size = quant.token_group_size if inputs == "token" else None
+                in_groups = num_groups(linear.in_features, token_group_size, "token_group_size")
             except ValueError as error:
                 raise ValueError(f"blocks.{index}.{site}: {error}") from None
             obstacle = int4_obstacle(quantizer.bits, quantizer.symmetric, inputs, groups, in_groups)

@@ -119,6 +119,7 @@ def _quantize_block(
             weights[site], line = _quantize_layer(linear, f"blocks.{index}.{site}", quantizer, hessians.pop(site, None))
             inputs = linear.input_quantizer
             line |= {"activations": inputs.mode, "activation_bits": inputs.bits if inputs.mode != "none" else None}
+            line |= {} if inputs.group_size is None else {"activation_group_size": inputs.group_size}
             if inputs.mode == "static":
                 line |= {"clip_low": inputs.low.item(), "clip_high": inputs.high.item()}
             layers.append(line)
@@ -256,7 +257,8 @@ def quantize_model(
             with clock("advance"):
                 advance(block, hidden, device)
         linears.append(made)
-        return_freed_memory()
+        with clock("return memory"):
+            return_freed_memory()
         lines += [{**planned, **line} for planned, line in zip(layers[4 * index :], block_lines, strict=False)]
     report["layers"] = lines
     report["fallbacks"] = [line["layer"] for line in lines if "fallback" in line]

@@ -54,7 +54,11 @@ def with_activations(quant: QuantConfig, bits: int) -> QuantConfig:
     """The same model's quantization with native activations (16), or with 4-bit ones: its clips, or per token."""
     if bits == 16:
         return replace(quant, activations="none")
-    return replace(quant, activations="static" if quant.activations in ("static", "clamp") else "token")
+    if (
+        quant.activations == "none"
+    ):  # a 16-bit model's configuration may name sites and groups; the paper's RTN has none
+        return replace(quant, activations="token", token_group_size=None)
+    return replace(quant, activations="token" if quant.activations == "token" else "static")
 
 
 def column(weights: str, activation_bits: int) -> str:

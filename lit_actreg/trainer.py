@@ -59,7 +59,7 @@ class ActRegTrainer(Trainer):
         if model.init_from is not None and is_artifact(model.init_from):
             raise ValueError(f"{model.init_from} is quantized already: name the .ckpt file that it was made from")
         from_huggingface = model.init_from is not None and model.init_from.is_dir() and not is_sharded(model.init_from)
-        if from_huggingface and model.quant.activations in ("static", "clamp") and calibrate is None:
+        if from_huggingface and model.quant.clipped_sites and calibrate is None:
             raise ValueError(
                 f'{model.init_from} has no learned clips for activations "{model.quant.activations}": set calibrate '
                 '"mse", or --model.quant.activations token'

@@ -39,7 +39,10 @@ def grid_of(linear: Int4Linear) -> tuple[Any, Any, int]:
 
 
 class Int4Block(Block):
-    """A :class:`~lit_actreg.model.Block` of four static ``Int4Linear`` layers: same inputs, outputs and parameters.
+    """A :class:`~lit_actreg.model.Block` of four ``Int4Linear`` layers: same inputs, outputs and parameters.
+
+    The first three are static. Where the MLP projection's grids follow tokens, its activation and quantizer are kernels
+    of their own.
 
     It returns no statistics: the outputs they are taken of do not exist apart from the sums.
     """

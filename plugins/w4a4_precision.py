@@ -3,7 +3,8 @@
 Every :class:`~lit_actreg.quant.quantized_linear.QuantizedLinear` becomes an
 :class:`~lit_actreg_kernels.module.Int4Linear`: the same codes, scales and grids, but an exact integer product instead
 of a float one (Triton on a GPU, its plain reference on a CPU). Layers that the kernel cannot serve stay as they are,
-and one line says how many and why. A block whose linears all have static grids becomes an
+and one line says how many and why. A block whose linears have static grids (its MLP projection's may
+follow tokens) becomes an
 :class:`~lit_actreg_plugins.int4_block.Int4Block`, where norms, activations and residual sums are fused into the
 kernels.
 

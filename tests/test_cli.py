@@ -178,6 +178,17 @@ def test_rtn_reads_no_text(made):
     assert Path("out/tokenizer.json").is_file()
 
 
+def test_sites_without_learned_clips_are_not_given_any(made, capsys):
+    """A partial model.quant takes the rest from its defaults, not from the checkpoint: clips at all sites."""
+    checkpoint = torch.load(made["checkpoint"], weights_only=True)
+    checkpoint["hyper_parameters"]["quant"]["per_token_sites"] = ["mlp_proj"]
+    torch.save(checkpoint, "x.ckpt")
+    command = f"--ckpt_path x.ckpt --data.source {made['corpus']} --model.quant.activation_bits 8 {QUIET}"
+    for subcommand in ("validate", "quantize --quantizer RTN --output out"):
+        found = mistake(capsys, f"{subcommand} {command}")
+        assert found.startswith("x.ckpt has no clips at ['mlp_proj']: its model.quant is {'activations': 'static'")
+
+
 def test_a_model_without_clips_is_not_given_any(made, capsys):
     model = load_decoder(made["checkpoint"])
     folder = Path("hub")

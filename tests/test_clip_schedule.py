@@ -1,5 +1,7 @@
 """Clips start where calibration puts them and move as the schedule says, by the global step, resumed or not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -75,6 +77,16 @@ def test_a_delayed_start_narrows_and_leaves_the_clips_until_then(corpus):
     for name, start in found.start[0].items():
         assert torch.equal(found.end[1][name], start), name
     assert any(not torch.equal(found.end[2][name], start) for name, start in found.start[2].items())
+    plain = run(corpus, ClipSchedule(), quant=QuantConfig(activations="none"))
+    assert found.losses[:2] == plain.losses[:2]
+    assert found.losses[2] != plain.losses[2]
+
+
+def test_sites_without_clips_start_and_narrow_with_the_others(corpus):
+    """The recorder wants one number of bits in all sites."""
+    quant = QuantConfig(per_token_sites=["mlp_proj"], token_group_size=16)
+    found = run(corpus, ClipSchedule(bits={0: 16, 2: 8, 4: 4}, calibrate_steps=[]), quant=quant)
+    assert found.bits == {0: 16, 1: 16, 2: 8, 3: 8, 4: 4, 5: 4}
     plain = run(corpus, ClipSchedule(), quant=QuantConfig(activations="none"))
     assert found.losses[:2] == plain.losses[:2]
     assert found.losses[2] != plain.losses[2]
@@ -197,6 +209,21 @@ def test_clamping_with_the_clips_of_another_fit(corpus, tmp_path):
     for name, clip in qat.end[2].items():
         assert torch.equal(found.start[0][name], clip), name
         assert torch.equal(found.end[5][name], clip), name
+
+
+def test_clamping_leaves_sites_alone_that_had_no_clips(corpus, tmp_path):
+    quant = QuantConfig(per_token_sites=["mlp_proj"])
+    qat = run(corpus, ClipSchedule(0.03), steps=3, quant=quant)
+    qat.trainer.save_checkpoint(tmp_path / "qat.ckpt")
+    schedule = ClipSchedule(lr=0.0, from_checkpoint=tmp_path / "qat.ckpt")
+    found = run(corpus, schedule, steps=1, quant=replace(quant, activations="clamp"))
+    clamped = {name: clip for name, clip in qat.end[2].items() if "mlp_proj" not in name}
+    assert all(torch.equal(found.start[0][name], clip) for name, clip in clamped.items())
+    assert {q.site: q.mode for q in quantizers(found.module.model.blocks[0])} == {
+        "qkv": "clamp", "attn_proj": "clamp", "mlp_in": "clamp", "mlp_proj": "none"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"has no clips at \['mlp_proj'\]"):
+        run(corpus, ClipSchedule(lr=0.0, from_checkpoint=tmp_path / "qat.ckpt"), 1, quant=QuantConfig("clamp"))
 
 
 def test_clips_of_a_fit_that_has_none_are_refused(corpus, tmp_path):

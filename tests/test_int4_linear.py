@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lit_actreg_kernels import grid, int4_linear, reference
+from lit_actreg_kernels import grid, int4_grouped_gemv, int4_linear, reference
+from lit_actreg_kernels.int4_gemv import GemvTile
 from lit_actreg_kernels.int4_linear import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,10 +109,13 @@ def test_groups(k, groups, padding, m):
     torch.testing.assert_close(run(tensors, torch.float32, tile), answer, rtol=rtol, atol=rtol * answer.abs().max())
 
 
-@pytest.mark.parametrize(("k", "groups", "padding"), [(256, 2, 0), (96, 3, 0), (80, 5, 48), (320, 5, 64)])
+@pytest.mark.parametrize(
+    ("k", "groups", "padding"), [(256, 2, 0), (96, 3, 0), (80, 5, 48), (320, 5, 64), (384, 6, 128)]
+)
 @pytest.mark.parametrize("m", [1, 3, 70])
-def test_groups_of_a_tokens_columns(k, groups, padding, m):
-    tensors, weight_codes = problem(m, 33, k, groups, padding=padding)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_of_a_tokens_columns(k, groups, padding, m, bits):
+    tensors, weight_codes = problem(m, 33, k, groups, padding=padding, act_bits=bits)
     scale, zero_point = torch.rand(m, groups) + 0.1, torch.randint(-8, 8, (m, groups)).float()
     tensors |= {"act_scale": scale, "act_zero_point": zero_point}
     x_hat = (tensors["x"].unflatten(1, (groups, -1)) - zero_point[..., None]).double() * scale[..., None]
@@ -120,6 +124,26 @@ def test_groups_of_a_tokens_columns(k, groups, padding, m):
     rtol = 32 * torch.finfo(torch.float32).eps
     for found in (run(tensors, torch.float32), expected(tensors, torch.float32)):
         torch.testing.assert_close(found.double(), answer, rtol=rtol, atol=rtol * answer.abs().max())
+
+
+@pytest.mark.parametrize("per_group", [False, True], ids=["static", "groups of the token"])
+@pytest.mark.parametrize(("n", "k", "groups", "padding"), [(33, 256, 8, 0), (5, 96, 3, 32), (70, 384, 6, 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_with_groups(n, k, groups, padding, per_group, dtype):
+    tensors, _ = problem(1, n, k, groups, padding=padding)
+    if per_group:
+        tensors["act_scale"] = torch.rand(1, groups) + 0.1
+        tensors["act_zero_point"] = torch.randint(-8, 8, (1, groups)).float()
+    assert int4_grouped_gemv.serves(tensors["x"], tensors["packed"], groups)
+    wide = expected(tensors, torch.float32)
+    rtol = 32 * torch.finfo(torch.float32).eps
+    tolerance = rtol * wide.abs().max() + torch.finfo(dtype).eps * wide.abs()
+    for block_n in (1, 4, 16):
+        tile = GemvTile(block_n, 4)
+        y = torch.empty(1, n, dtype=dtype, device=DEVICE)
+        on_device = {name: value.to(DEVICE) for name, value in tensors.items()}
+        int4_grouped_gemv.int4_grouped_gemv(on_device.pop("x"), **on_device, y=y, tile=tile)
+        assert ((y.cpu().double() - wide).abs() <= tolerance).all()
 
 
 @pytest.mark.parametrize("padding", [0, 1, 50, 128])

@@ -1,6 +1,7 @@
 """The function behind the subcommand: what it reports, how it resumes, what it refuses before any work."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from small_models import small_decoder, text_ids
 
 from lit_actreg.artifact import read_artifact
 from lit_actreg.config import SITES, QuantConfig
+from lit_actreg.plan import plan_layers, stored_quant_config
 from lit_actreg.quantize import quantize_model
 
 CALIBRATION = list(text_ids(16).split(4))
@@ -112,6 +114,21 @@ def test_dry_run_writes_nothing_and_refuses_what_cannot_work(tmp_path, capsys):
     assert "expected memory" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp_proj: group_size 12 does not divide the 45 input columns"):
         quantize_model(model, GPTQ(group_size=12), CALIBRATION, tmp_path / "out", dry_run=True)
+
+
+def test_plan_of_grids_that_follow_tokens():
+    quant = QuantConfig(per_token_sites=["mlp_proj"], token_group_size=15)
+    model = small_decoder("llama", quant)
+    kernels = [[line["kernel"] for line in plan_layers(model, RTN(group_size=g), quant)[:4]] for g in (None, 9)]
+    assert kernels == [["int4"] * 4, ["int4"] * 3 + ["float"]]  # 3 groups of a token, 5 of a weight's row
+    with pytest.raises(ValueError, match="token_group_size 8 does not divide the 45 input columns"):
+        small_decoder("llama", replace(quant, token_group_size=8))
+    with pytest.raises(ValueError, match="token_group_size 0 is no number of columns"):
+        replace(quant, token_group_size=0)
+    everywhere = QuantConfig(per_token_sites=list(SITES), zero_point="real")
+    assert stored_quant_config(everywhere, False, "auto", None) == (everywhere, [])
+    with pytest.raises(ValueError, match='calibrate "mse" has no site whose clips it could set'):
+        stored_quant_config(everywhere, False, "auto", "mse")
 
 
 def test_no_calibration_unless_a_quantizer_wants_it(tmp_path):

@@ -1,5 +1,6 @@
 """The numbers of the table are those of its parts: own clips where a model has them, per token where it has none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ from lit_actreg_plugins.rtn import RTN
 
 from lit_actreg.artifact import read_artifact
 from lit_actreg.checkpoint import load_decoder
-from lit_actreg.config import ModelConfig, QuantConfig
+from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.module import LitLanguageModel
-from lit_actreg.table import fill_table, perplexity, write_table
+from lit_actreg.table import fill_table, perplexity, with_activations, write_table
 
 CPU = torch.device("cpu")
 
@@ -56,6 +57,18 @@ def test_columns_are_what_their_names_say(tmp_path, data):
         assert len({round(value, 6) for value in row.values()}) == 4, "columns that ought to differ are equal"
     assert "W4A16 RTN" in write_table(results, tmp_path / "table")
     assert (tmp_path / "table" / "table.png").stat().st_size > 0
+
+
+def test_grids_of_the_table():
+    plain = QuantConfig("none", per_token_sites=["mlp_proj"], token_group_size=8)  # as a twin of the Llama block's QAT
+    assert with_activations(plain, 16) == plain
+    four = with_activations(plain, 4)
+    assert {four.mode(site) for site in SITES} == {"token"}
+    assert four.token_group_size is None
+    for activations in ("static", "clamp"):
+        four = with_activations(replace(plain, activations=activations), 4)
+        assert [four.mode(site) for site in SITES] == ["static", "static", "static", "token"]
+        assert four.token_group_size == 8
 
 
 def test_a_rotation_is_refused(tmp_path, data):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_actreg.checkpoint import load_lightning_checkpoint
-from lit_actreg.config import SITES, as_plain
+from lit_actreg.config import SITES, QuantConfig, as_plain
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.parallel import local, whole
 from lit_actreg.quant.clips import ClipMethod, initial_clips
@@ -104,21 +104,23 @@ class ClipSchedule(Callback):
         if saved["quant"]["activations"] not in ("static", "clamp"):
             mode = saved["quant"]["activations"]
             raise ValueError(f'clips.from_checkpoint {path} has no clips (activations "{mode}"): name a fit with QAT')
-        if missing := set(pl_module.quant.sites) - set(saved["quant"]["sites"]):
+        clipped = QuantConfig(**saved["quant"]).clipped_sites
+        if missing := set(pl_module.quant.clipped_sites) - set(clipped):
             raise ValueError(f"clips.from_checkpoint {path} has no clips at {sorted(missing)}: name a fit that has")
         if saved["shape"] != as_plain(pl_module.shape):
             raise ValueError(f"clips.from_checkpoint {path} is of another shape: name a fit of this one")
         for name, parameter in pl_module.named_parameters():
-            if "input_quantizer" in name:
+            if "input_quantizer" in name and any(f".{site}." in name for site in clipped):
                 parameter.fill_(checkpoint["state_dict"][name].item())  # with a number: the clip may be sharded
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
         assert isinstance(pl_module, LitLanguageModel)
         step = trainer.global_step
-        for _, quantizer in self._quantizers(pl_module):
-            bits = self.bits_at(step, pl_module.quant.activation_bits)
-            quantizer.enabled = bits != 16
-            quantizer.bits = bits if bits != 16 else quantizer.bits
+        bits = self.bits_at(step, pl_module.quant.activation_bits)
+        for quantizer in pl_module.modules():
+            if isinstance(quantizer, InputQuantizer):  # also those without clips
+                quantizer.enabled = bits != 16
+                quantizer.bits = bits if bits != 16 else quantizer.bits
         if step in self.calibrate_steps and step != self._calibrated_step:
             self.calibrate(trainer, pl_module, batch[:, :-1])
             self._calibrated_step = step

@@ -7,6 +7,7 @@ from when on and from which start is the clip schedule's business (:mod:`lit_act
 import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import training_ops
+from lit_actreg_kernels.grid import num_groups
 from torch import Tensor, nn
 
 from lit_actreg.config import QuantConfig, Site
@@ -27,7 +28,7 @@ class InputQuantizer(nn.Module):
         lower_bound: Lowest value the input can take, if it is known.
 
     Attributes:
-        enabled: While False, inputs with clips pass unchanged (before a delayed start). The clips then still take part
+        enabled: While False, inputs pass unchanged (before a delayed start). The clips then still take part
             in the graph, with zero gradients, as DistributedDataParallel wants. Changing it, or ``bits``, makes a
             compiled block compile once more.
         fused: Whether a static grid's site runs on the fused operators (:mod:`lit_actreg.quant.fused`): None, on a CUDA
@@ -67,12 +68,12 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "none":
             return x
+        if not self.enabled:
+            return x + 0.0 * (self.low + self.high).to(x.dtype)
         if self.mode == "token":
             return fake_quantize_per_token(x, self.bits, self.group_size)
         if self.mode in RIVALS:
             return RIVALS[self.mode](x, self.bits)
-        if not self.enabled:
-            return x + 0.0 * (self.low + self.high).to(x.dtype)
         if self.fuses(x):
             return training_ops.fake_quantize(x, self.low, self.high, *self.grid_options())
         rounds = self.mode == "static"
@@ -95,6 +96,7 @@ class QuantLinear(nn.Linear):
         lower_bound: float | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias)
+        num_groups(in_features, config.token_group_size if config.mode(site) == "token" else None, "token_group_size")
         self.input_quantizer = InputQuantizer(site, config, lower_bound)
 
     def project(self, x_hat: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ def int4_obstacle(
     """Why the integer kernels cannot serve such a layer; None if they can."""
     if activations == "none":
         return "their inputs are not quantized"
-    if activation_groups > 1 and weight_groups not in (1, activation_groups):
-        return f"their weights have {weight_groups} groups a row, their inputs {activation_groups}"
+    if max(weight_groups, activation_groups) % min(weight_groups, activation_groups):
+        return f"their weights have {weight_groups} groups a row, their inputs {activation_groups}: no whole multiple"
     if weight_bits > 4:
         return f"their weights have {weight_bits} bits, the kernels hold 4"
     return None if symmetric else "their weights are asymmetric"
