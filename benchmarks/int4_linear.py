@@ -32,6 +32,7 @@ from harness import (
     usable,
 )
 from int4_problem import (
+    GROUP,
     TAILED_SHAPES,
     Problem,
     Shape,
@@ -39,7 +40,9 @@ from int4_problem import (
     bytes_moved,
     check_integers,
     from_codes,
+    from_float_in_groups,
     from_float_per_token,
+    grouped_reference,
     int8_candidate,
     int_mm_candidate,
     linear_reference,
@@ -78,6 +81,7 @@ def candidates_of(case: str, int8: list[Candidate]) -> list[Candidate]:
         bf16_candidate(),
         static_candidate(),
         Candidate("w4a4, per token", from_float_per_token, per_token_reference),
+        Candidate(f"w4a4, groups of {GROUP} a token", from_float_in_groups, grouped_reference),
     ]
 
 

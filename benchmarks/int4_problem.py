@@ -18,6 +18,7 @@ from torch.nn import functional
 from triton.errors import TritonError
 
 Shape = tuple[int, int, int]
+GROUP = 64  # columns of a token that share a grid, as configs/fit_llama.yaml has them
 COLD_BYTES = 160 << 20  # the copies' packed weights together: more than three times the L2 of an H100
 
 
@@ -35,6 +36,8 @@ class Problem:
     weight_scale: Tensor
     weight_sums: Tensor
     norm_weight: Tensor
+    group_scale: Tensor  # of the weight, by groups
+    group_sums: Tensor
     expected: Tensor | None = None  # the reference's output, once it was asked for
 
     @property
@@ -66,6 +69,8 @@ def make_problem(m: int, n: int, k: int) -> Problem:
         weight_scale,
         reference.weight_sums(weight_codes, 1),
         torch.rand(k, device=device, dtype=torch.bfloat16) + 0.5,
+        weight_scale.repeat_interleave(k // GROUP, 1),
+        reference.weight_sums(weight_codes, k // GROUP),
     )
 
 
@@ -114,6 +119,21 @@ def per_token_reference(problem: Problem) -> Tensor:
     codes, *token_grid = ops.quantize_activation_per_token(problem.x, 4)
     rest = (problem.weight_scale, problem.weight_sums, None, None)
     return reference.int4_linear(codes, problem.packed, *token_grid, *rest, torch.bfloat16)
+
+
+def grouped_arguments(problem: Problem) -> tuple[Tensor | None, ...]:
+    """The linear's arguments with a grid for every group of a token."""
+    codes, *grids = ops.quantize_activation_per_token(problem.x.unflatten(1, (-1, GROUP)), 4)
+    rest = (problem.group_scale, problem.group_sums, None, None)
+    return codes.flatten(1), problem.packed, *(part.squeeze(-1) for part in grids), *rest
+
+
+def from_float_in_groups(problem: Problem) -> Tensor:
+    return ops.int4_linear(*grouped_arguments(problem), torch.bfloat16)
+
+
+def grouped_reference(problem: Problem) -> Tensor:
+    return reference.int4_linear(*grouped_arguments(problem), torch.bfloat16)
 
 
 def norm_reference(problem: Problem) -> Tensor:
