@@ -116,6 +116,8 @@ def rows(folder: Path, calibration: list[Tensor]) -> Iterator[tuple[str, Decoder
     """Name and model of every row; one at a time in memory."""
     yield "W16A8 per token", loaded(folder, QuantConfig(activations="token", activation_bits=8))
     yield "W16A4 per token", loaded(folder, QuantConfig(activations="token"))
+    groups = QuantConfig(activations="token", token_group_size=64)
+    yield "W16A4 per token, groups of 64 columns", loaded(folder, groups)
     for method in ("mse", "minmax"):
         yield f"W16A4 static, {method}", with_static_clips(folder, calibration[0], method)
     yield "W4A16 RTN, groups of 32, asymmetric", artifact(loaded(folder), RTN(4, 32, False), [], None)
@@ -123,6 +125,7 @@ def rows(folder: Path, calibration: list[Tensor]) -> Iterator[tuple[str, Decoder
     token = QuantConfig(activations="token")
     yield "W4A4 RTN, per token", artifact(loaded(folder, token), RTN(4), [], None)
     yield "W4A4 GPTQ, per token", artifact(loaded(folder, token), GPTQ(4), calibration, None)
+    yield "W4A4 GPTQ, per token, groups of 64 columns", artifact(loaded(folder, groups), GPTQ(4), calibration, None)
     yield "W4A4 GPTQ, static, mse", artifact(loaded(folder), GPTQ(4), calibration, "mse")
 
 

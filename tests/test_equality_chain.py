@@ -45,10 +45,7 @@ CASES = {
         GPTQ(),
         True,
     ),
-    "neox_token_groups": ("neox", QuantConfig(activations="token", token_group_size=9), RTN(4, group_size=9), True),
-    # Groups of the weight and of the token, either coarser.
     "llama_nested_groups": ("llama", QuantConfig("token", token_group_size=9), RTN(4, 3), True),
-    "neox_nested_groups": ("neox", QuantConfig("token", token_group_size=3), RTN(4, 9), True),
     "llama_weights_only": ("llama", QuantConfig(activations="none"), RTN(4), True),
 }
 IDS = text_ids(16)

@@ -109,13 +109,10 @@ def test_groups(k, groups, padding, m):
     torch.testing.assert_close(run(tensors, torch.float32, tile), answer, rtol=rtol, atol=rtol * answer.abs().max())
 
 
-@pytest.mark.parametrize(
-    ("k", "groups", "padding"), [(256, 2, 0), (96, 3, 0), (80, 5, 48), (320, 5, 64), (384, 6, 128)]
-)
+@pytest.mark.parametrize(("k", "groups", "padding"), [(256, 2, 0), (80, 5, 48), (320, 5, 64)])
 @pytest.mark.parametrize("m", [1, 3, 70])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_groups_of_a_tokens_columns(k, groups, padding, m, bits):
-    tensors, weight_codes = problem(m, 33, k, groups, padding=padding, act_bits=bits)
+def test_groups_of_a_tokens_columns(k, groups, padding, m):
+    tensors, weight_codes = problem(m, 33, k, groups, padding=padding, act_bits=8)
     scale, zero_point = torch.rand(m, groups) + 0.1, torch.randint(-8, 8, (m, groups)).float()
     tensors |= {"act_scale": scale, "act_zero_point": zero_point}
     x_hat = (tensors["x"].unflatten(1, (groups, -1)) - zero_point[..., None]).double() * scale[..., None]
@@ -127,8 +124,8 @@ def test_groups_of_a_tokens_columns(k, groups, padding, m, bits):
 
 
 @pytest.mark.parametrize("per_group", [False, True], ids=["static", "groups of the token"])
-@pytest.mark.parametrize(("n", "k", "groups", "padding"), [(33, 256, 8, 0), (5, 96, 3, 32), (70, 384, 6, 128)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "groups", "padding"), [(5, 96, 3, 32), (33, 384, 6, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_token_with_groups(n, k, groups, padding, per_group, dtype):
     tensors, _ = problem(1, n, k, groups, padding=padding)
     if per_group:
@@ -138,7 +135,7 @@ def test_one_token_with_groups(n, k, groups, padding, per_group, dtype):
     wide = expected(tensors, torch.float32)
     rtol = 32 * torch.finfo(torch.float32).eps
     tolerance = rtol * wide.abs().max() + torch.finfo(dtype).eps * wide.abs()
-    for block_n in (1, 4, 16):
+    for block_n in (4, 16):
         tile = GemvTile(block_n, 4)
         y = torch.empty(1, n, dtype=dtype, device=DEVICE)
         on_device = {name: value.to(DEVICE) for name, value in tensors.items()}
