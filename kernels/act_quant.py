@@ -1,4 +1,4 @@
-"""Triton quantizers of activations: a static grid (one pass), and one grid a token (min-max, then the codes).
+"""Triton quantizers of activations: a static grid (one pass); a grid a token, or a group of its columns (min-max first).
 
     q = clamp(round(x / s + z), −2^(b−1), 2^(b−1) − 1)                                      (:mod:`.grid`)
 
@@ -7,7 +7,7 @@ approximation) and rounding is half to even. The latter is had by adding and sub
 that size are the integers, so the addition itself rounds. It is exact here because the clamp comes first (clamping to
 integers and rounding commute), and it runs in the interpreter too, where libdevice's `rint` does not.
 
-Both kernels are bound by memory: 2 bytes in and 1 out a bfloat16 element.
+The kernels are bound by memory: 2 bytes in and 1 out a bfloat16 element.
 
 x is contiguous float32, bfloat16 or float16; scale and zero point are float32 [1], read on the device, so neither
 learned clips nor CUDA graphs need a synchronization.
@@ -22,6 +22,7 @@ from torch import Tensor
 _BLOCK = 2048
 # A token of up to this many elements is kept in registers between the two passes of the per-token kernel.
 _MAX_ROW_BLOCK = 16384
+_MAX_SHORT_ROW = 256
 
 
 @triton.jit
@@ -127,6 +128,28 @@ def _per_token_kernel(
             tl.store(q_ptr + row * K + start + k, codes, mask=start + k < K)
 
 
+@triton.jit
+def _short_rows_kernel(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    num_rows,
+    K,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row, k = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_K)
+    offsets, inside = row.to(tl.int64)[:, None] * K + k[None, :], (row < num_rows)[:, None] & (k < K)[None, :]
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    scale, zero_point = grid_of_interval(tl.min(x, 1), tl.max(x, 1), Q_MIN, Q_MAX, INTEGER=True)
+    tl.store(scale_ptr + row, scale, mask=row < num_rows)
+    tl.store(zero_point_ptr + row, zero_point, mask=row < num_rows)
+    tl.store(q_ptr + offsets, to_codes(x, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX), mask=inside)
+
+
 def num_warps_for(block: int) -> int:
     """Warps for a block of so many elements: about 16 elements a thread, 1 to 16 warps."""
     return max(1, min(16, block // 512))
@@ -151,6 +174,11 @@ def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor,
         q_min, q_max = code_range(bits)
         num_columns = x.shape[-1]
         block = min(triton.next_power_of_2(num_columns), _MAX_ROW_BLOCK)
+        if num_columns <= block <= _MAX_SHORT_ROW:  # groups of a token's columns: many to a program
+            rows, arguments = _BLOCK // block, (x, codes, scale, zero_point, scale.numel(), num_columns, q_min, q_max)
+            programs = (triton.cdiv(scale.numel(), rows),)
+            _short_rows_kernel[programs](*arguments, BLOCK_ROWS=rows, BLOCK_K=block, num_warps=4)
+            return codes, scale, zero_point
         _per_token_kernel[(scale.numel(),)](
             x,
             codes,

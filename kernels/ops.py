@@ -181,8 +181,8 @@ def _check_linear(
     _check(residual is None or residual.shape == (num_tokens, num_outputs), "residual must have the output's shape")
     _check(out_dtype in FLOAT_DTYPES, f"out_dtype {out_dtype}: choose float32, bfloat16 or float16")
     tensors: tuple[Tensor | None, ...] = (packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
-    for tensor in tensors:
-        _check(tensor is None or tensor.device == x.device, f"activations are on {x.device}, another input is not")
+    same = all(tensor is None or tensor.device == x.device for tensor in tensors)
+    _check(same, f"activations are on {x.device}, another input is not")
 
 
 @torch.library.custom_op("lit_actreg::int4_linear", mutates_args=())

@@ -34,7 +34,7 @@ def test_every_bfloat16_number():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 77), (2, 3, 256), (0, 8)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 77), (2, 3, 256), (5, 9, 64), (3, 300), (0, 8)])
 def test_per_token_codes_are_equal_to_the_bit(dtype, shape):
     x = (torch.randn(shape) * 3 + 1).to(dtype)
     result = act_quant.quantize_activation_per_token(*on_device(x), 4)
