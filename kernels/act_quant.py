@@ -1,4 +1,4 @@
-"""Triton quantizers of activations: a static grid (one pass); a grid a token, or a group of its columns (min-max first).
+"""Triton quantizers of activations: a static grid (one pass); a grid of each token or of a group of its columns.
 
     q = clamp(round(x / s + z), −2^(b−1), 2^(b−1) − 1)                                      (:mod:`.grid`)
 

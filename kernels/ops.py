@@ -158,8 +158,7 @@ def _check_linear(
     out_dtype: torch.dtype,
 ) -> None:
     _check(x.dim() == 2 and packed.dim() == 2, "activations and packed weights must be matrices: flatten the tokens")
-    (num_tokens, num_columns), (num_outputs, num_bytes) = x.shape, packed.shape
-    num_groups = weight_scale.shape[-1]
+    (num_tokens, num_columns), (num_outputs, num_bytes), num_groups = x.shape, packed.shape, weight_scale.shape[-1]
     _check(packed.dtype == torch.uint8, f"packed is {packed.dtype}: pass grid.pack_int4's uint8")
     _check(
         num_columns <= 2 * num_bytes and num_columns < MAX_COLUMNS,
@@ -181,8 +180,8 @@ def _check_linear(
     _check(residual is None or residual.shape == (num_tokens, num_outputs), "residual must have the output's shape")
     _check(out_dtype in FLOAT_DTYPES, f"out_dtype {out_dtype}: choose float32, bfloat16 or float16")
     tensors: tuple[Tensor | None, ...] = (packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
-    same = all(tensor is None or tensor.device == x.device for tensor in tensors)
-    _check(same, f"activations are on {x.device}, another input is not")
+    for tensor in tensors:
+        _check(tensor is None or tensor.device == x.device, f"activations are on {x.device}, another input is not")
 
 
 @torch.library.custom_op("lit_actreg::int4_linear", mutates_args=())
