@@ -257,9 +257,8 @@ def quantize_model(
             with clock("advance"):
                 advance(block, hidden, device)
         linears.append(made)
-        if device.type == "cpu":  # elsewhere what a block takes is not the host's
-            with clock("return memory"):
-                return_freed_memory()
+        with clock("return memory"):
+            return_freed_memory()
         lines += [{**planned, **line} for planned, line in zip(layers[4 * index :], block_lines, strict=False)]
     report["layers"] = lines
     report["fallbacks"] = [line["layer"] for line in lines if "fallback" in line]
