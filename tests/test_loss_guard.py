@@ -185,6 +185,7 @@ def test_the_running_statistics_are_those_of_the_docstring():
     assert int(found.judge(torch.tensor(3.0), torch.tensor(float("inf")))[1][0]) == NAN
 
 
+@pytest.mark.slow
 def test_two_processes_leave_the_same_step_out(corpus, tmp_path):
     """A loss that is not a number on one rank, on whole weights and in shards, plain and fused."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

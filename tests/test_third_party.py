@@ -89,6 +89,7 @@ def test_it_quantizes_with_its_options_from_the_command_line(site, checkpoint, t
     assert "PowerOfTwo" in json.dumps(config["lit_actreg"])
 
 
+@pytest.mark.slow
 def test_its_mistakes_are_one_line_too(site):
     done = run(site, "quantize", "--quantizer=PowerOfTwo", "--quantizer.headroom=-1", "--output=out")
     assert done.returncode == 2
