@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lit_actreg_kernels import grid, int4_grouped_gemv, int4_linear, reference
-from lit_actreg_kernels.int4_gemv import GemvTile
+from lit_actreg_kernels import grid, int4_linear, reference
 from lit_actreg_kernels.int4_linear import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,26 +120,6 @@ def test_groups_of_a_tokens_columns(k, groups, padding, m):
     rtol = 32 * torch.finfo(torch.float32).eps
     for found in (run(tensors, torch.float32), expected(tensors, torch.float32)):
         torch.testing.assert_close(found.double(), answer, rtol=rtol, atol=rtol * answer.abs().max())
-
-
-@pytest.mark.parametrize("per_group", [False, True], ids=["static", "groups of the token"])
-@pytest.mark.parametrize(("n", "k", "groups", "padding"), [(5, 96, 3, 32), (33, 384, 6, 128)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_token_with_groups(n, k, groups, padding, per_group, dtype):
-    tensors, _ = problem(1, n, k, groups, padding=padding)
-    if per_group:
-        tensors["act_scale"] = torch.rand(1, groups) + 0.1
-        tensors["act_zero_point"] = torch.randint(-8, 8, (1, groups)).float()
-    assert int4_grouped_gemv.serves(tensors["x"], tensors["packed"], groups)
-    wide = expected(tensors, torch.float32)
-    rtol = 32 * torch.finfo(torch.float32).eps
-    tolerance = rtol * wide.abs().max() + torch.finfo(dtype).eps * wide.abs()
-    for block_n in (4, 16):
-        tile = GemvTile(block_n, 4)
-        y = torch.empty(1, n, dtype=dtype, device=DEVICE)
-        on_device = {name: value.to(DEVICE) for name, value in tensors.items()}
-        int4_grouped_gemv.int4_grouped_gemv(on_device.pop("x"), **on_device, y=y, tile=tile)
-        assert ((y.cpu().double() - wide).abs() <= tolerance).all()
 
 
 @pytest.mark.parametrize("padding", [0, 1, 50, 128])
