@@ -8,8 +8,9 @@ and memory. Blocks and loss are compiled, as ``fit`` with ``compile: true`` does
 AdamW under bfloat16 autocast, without logging or data; ``--accumulate`` is the number of passes before AdamW. Variants
 take turns round by round in one process, so that clocks and heat are shared; a turn is one step to warm up and STEPS
 timed ones; a figure is the median over rounds. Before that, the fused operators' gradients must agree with the
-formula's, and compiled ones with eager ones, or nothing is printed and the status is 1. The check runs the first CHECKED_BLOCKS blocks alone, which are the compiled
-code of all of them: every block of 4-bit rounding amplifies the difference of a last bit, 24 of them to 30 %.
+formula's, and compiled ones with eager ones, or nothing is printed and the status is 1. The check runs the first
+CHECKED_BLOCKS blocks alone, which are the compiled code of all of them: every block of 4-bit rounding amplifies the
+difference of a last bit, 24 of them to 30 %.
 
 Utilization is model FLOPs (:func:`lit_actreg.callbacks.throughput.flops_per_token`) over an H100 SXM's dense bfloat16
 peak; quantization, norms and recomputation count nothing.
