@@ -1,7 +1,9 @@
-"""Packing loses no token but the tail, in any size of batches, and is on disk whole or not at all."""
+"""Packing loses no token but the tail, in any number of processes, and is on disk whole or not at all."""
 
 import multiprocessing
+import os
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import datasets
 import numpy as np
@@ -39,22 +41,22 @@ def encoder(documents, tmp_path_factory):
     return Encoder(load_tokenizer(path, 300), 0, token_dtype(300))
 
 
-def write(documents, encoder, folder, context=15):
+def write(documents, encoder, folder, num_cores=None):
     """All the documents as training text."""
     batches = ((("train",), batch["text"]) for batch in documents.iter(50))
-    return pack(batches, encoder, 0.1, context, 300, folder)["train"]
+    return pack(batches, encoder, 0.1, 15, 300, folder, num_cores)["train"]
 
 
 def stream_of(texts, encoder) -> list[int]:
     return [i for text in texts if text for i in [*encoder.tokenizer.encode(text).ids, 0]]
 
 
-@pytest.mark.parametrize("characters_per_task", [1, 700, 1 << 18])
-def test_blocks_are_the_stream_of_tokens(monkeypatch, documents, encoder, tmp_path, characters_per_task):
+@pytest.mark.parametrize(("num_cores", "characters_per_task"), [(1, 700), (2, 700), (5, 700), (2, 1), (2, 1 << 18)])
+def test_blocks_are_the_stream_of_tokens(monkeypatch, documents, encoder, tmp_path, num_cores, characters_per_task):
     monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", characters_per_task)
     monkeypatch.setattr(packed, "TOKENS_PER_WRITE", 3000)
     stream = stream_of(TEXTS, encoder)
-    written = write(documents, encoder, tmp_path)
+    written = write(documents, encoder, tmp_path, num_cores)
     blocks = PackedBlocks(tmp_path / "train.arrow")
     assert len(blocks) == len(stream) // 16
     ids = blocks.__getitems__(list(range(len(blocks))))
@@ -79,12 +81,53 @@ def test_splits_divided_while_packing_keep_the_order(monkeypatch, encoder, tmp_p
         assert written[split].num_documents == len(texts)
 
 
+def test_the_file_does_not_depend_on_the_number_of_processes(monkeypatch, documents, encoder, tmp_path):
+    monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 700)
+    files = []
+    for num_cores in (1, 2, 5):
+        folder = tmp_path / str(num_cores)
+        folder.mkdir()
+        write(documents, encoder, folder, num_cores)
+        files.append((folder / "train.arrow").read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+class Mortal(Encoder):
+    """Ends its process, or fails, at one of the texts."""
+
+    def __call__(self, texts):
+        if "die" in texts:
+            os._exit(1)
+        if "fail" in texts:
+            raise ValueError("cannot")
+        return super().__call__(texts)
+
+
+@pytest.mark.parametrize(("text", "error"), [("die", BrokenProcessPool), ("fail", ValueError)])
+def test_a_worker_that_ends_or_fails_ends_the_packing(monkeypatch, encoder, tmp_path, text, error):
+    monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 100)
+    documents = datasets.Dataset.from_dict({"text": [*TEXTS[:300], text, *TEXTS[:300]]})
+    with pytest.raises(error):
+        write(documents, Mortal(encoder.tokenizer, 0, encoder.dtype), tmp_path, 2)
+
+
+def test_a_file_that_breaks_off_ends_the_packing(monkeypatch, encoder, tmp_path):
+    monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 100)
+
+    def batches():
+        yield ("train",), TEXTS
+        raise ValueError("cannot be read")
+
+    with pytest.raises(ValueError, match="cannot be read"):
+        pack(batches(), encoder, 0.1, 15, 300, tmp_path, 2)
+
+
 def test_batches_are_of_equal_work_and_few_are_read_ahead(monkeypatch, encoder):
     monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 1000)
     long_and_short = ["x" * 5000, *["y" * 100] * 25, "z" * 5000]
     assert [len(texts) for _, texts in tasks([(("train",), long_and_short)])] == [1, 10, 10, 6]
     read = []
-    pieces = tokenize(((("train",), read.append(i) or ["a " * 1000]) for i in range(10_000)), encoder, 0.1)
+    pieces = tokenize(((("train",), read.append(i) or ["a " * 1000]) for i in range(10_000)), encoder, 0.1, 2)
     assert next(pieces).num_documents == 1
     assert len(read) < 100
     pieces.close()

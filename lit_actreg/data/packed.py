@@ -2,21 +2,23 @@
 
 Every document is followed by the end-of-text token; the stream t₀ t₁ … is cut without overlap, block i being
 t[i·(C+1) : (i+1)·(C+1)], so that a block's first C tokens predict its last C. What is left at a split's end (fewer
-than C + 1 tokens) is dropped. Ids are stored as uint16 up to a vocabulary of 65,536 and as uint32 above, so 20 B tokens
-take 40 GB; nothing holds more than a few batches in memory.
+than C + 1 tokens) is dropped. The cut does not depend on the number of processes. Ids are stored as uint16 up to a
+vocabulary of 65,536 and as uint32 above, so 20 B tokens take 40 GB; nothing holds more than a few batches in memory.
 
 A cached result is a folder named by the hash of everything it was made from. It is made beside, under a name that
 starts with a dot, and renamed when complete: a folder under its final name is whole.
 """
 
+import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,8 @@ from lit_actreg.data.corpus import SPLITS, Batch, Split, held_out
 
 CODE_VERSION = 1  # part of every cache key: raise it when the same inputs give other tokens or another layout
 IGNORE = -100  # the tokens of a padding row: PyTorch's ignore_index
-CHARACTERS_PER_TASK = 1 << 20  # enough documents for many cores, and little memory
-TASKS_AT_A_TIME = 3  # two for the cores to choose from while a third one's ids become an array
-TASKS_AHEAD = 12  # read, and to be encoded while the next piece of a file is unpacked
+CHARACTERS_PER_TASK = 1 << 18  # about 0.15 s of a worker: no core idles for long at the end, and few are sent
+TASKS_AHEAD = 4  # read for every worker: 0.6 s of work, more than any one read takes
 TOKENS_PER_WRITE = 1 << 20
 
 
@@ -117,18 +118,46 @@ def tasks(batches: Iterable[Batch]) -> Iterator[Batch]:
             yield splits, texts
 
 
-def tokenize(batches: Iterable[Batch], encoder: Encoder, valid_share: float) -> Iterator[Piece]:
-    """The documents' ids, in order; this thread reads on while they are encoded.
+def read_ahead(batches: Iterator[Batch], number: int) -> Iterator[Batch]:
+    """The same batches, some of them read before they are asked for, by a thread: unpacking does not hold the lock."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = deque(reader.submit(next, batches, None) for _ in range(number))
+        while batch := coming.popleft().result():
+            coming.append(reader.submit(next, batches, None))
+            yield batch
 
-    A few other threads call `tokenizers`, whose own threads share the documents of all these calls evenly, on every
-    core and without the interpreter's lock: no core waits for the longest document of a batch, nor for the next batch
-    to be unpacked.
+
+_encode: Callable[[Batch], list[Piece]]  # in a worker process: what it was started for
+
+
+def _start_worker(function: Callable[[Batch], list[Piece]]) -> None:
+    global _encode
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker's own threads would only fight the other workers
+    _encode = function
+
+
+def _work(batch: Batch) -> list[Piece]:
+    return _encode(batch)
+
+
+def tokenize(batches: Iterable[Batch], encoder: Encoder, valid_share: float, num_cores: int) -> Iterator[Piece]:
+    """The documents' ids, in order, by a worker process a core; this process reads on meanwhile.
+
+    Processes, because threads of one would wait for each other: for the interpreter at every token that becomes a
+    Python number, and for the cache that a `tokenizers` object keeps. Forked, as a DataLoader's are, so that none has
+    to import anything.
     """
-    running = deque[Future[list[Piece]]]()
-    with ThreadPoolExecutor(TASKS_AT_A_TIME) as pool:
-        for task in tasks(batches):
-            running.append(pool.submit(encode, encoder, valid_share, task))
-            if len(running) >= TASKS_AHEAD:
+    function = functools.partial(encode, encoder, valid_share)
+    todo = tasks(batches)
+    first = list(itertools.islice(todo, num_cores))  # no more workers than tasks
+    if len(first) < 2:
+        yield from itertools.chain.from_iterable(map(function, itertools.chain(first, todo)))
+        return
+    fork, running = multiprocessing.get_context("fork"), deque[Future[list[Piece]]]()
+    with ProcessPoolExecutor(len(first), fork, _start_worker, (function,)) as pool:
+        for task in itertools.chain(first, read_ahead(todo, len(first))):  # the thread starts after the fork
+            running.append(pool.submit(_work, task))
+            if len(running) >= TASKS_AHEAD * len(first):
                 yield from running.popleft().result()
         while running:
             yield from running.popleft().result()
@@ -189,11 +218,15 @@ def pack(
     context: int,
     vocab_size: int,
     folder: Path,
+    num_cores: int | None = None,
 ) -> dict[Split, SplitWriter]:
-    """Writes the blocks of every split to ``folder``, a file each; the finished writers tell what they counted."""
+    """Writes the blocks of every split to ``folder``, a file each; the finished writers tell what they counted.
+
+    ``num_cores`` is how many processes encode; None means one on every core that this process may use.
+    """
     writers = {s: SplitWriter(folder / f"{s}.arrow", context + 1, vocab_size, encoder.dtype) for s in SPLITS}
     with tqdm(desc="tokenizing", unit=" documents") as progress:
-        for piece in tokenize(batches, encoder, valid_share):
+        for piece in tokenize(batches, encoder, valid_share, num_cores or len(os.sched_getaffinity(0))):
             writers[piece.split].add(piece)
             progress.update(piece.num_documents)
     for writer in writers.values():
