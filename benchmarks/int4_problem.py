@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from harness import Candidate
 from int8_gemm import int8_linear
-from lit_actreg_kernels import grid, int4_linear, ops, reference
+from lit_actreg_kernels import act_quant, grid, int4_linear, ops, reference
 from lit_actreg_kernels.int4_gemv import GemvTile
 from lit_actreg_kernels.int4_linear import Tile
 from torch import Tensor
@@ -36,8 +36,6 @@ class Problem:
     weight_scale: Tensor
     weight_sums: Tensor
     norm_weight: Tensor
-    group_scale: Tensor  # of the weight, by groups
-    group_sums: Tensor
     expected: Tensor | None = None  # the reference's output, once it was asked for
 
     @property
@@ -69,8 +67,6 @@ def make_problem(m: int, n: int, k: int) -> Problem:
         weight_scale,
         reference.weight_sums(weight_codes, 1),
         torch.rand(k, device=device, dtype=torch.bfloat16) + 0.5,
-        weight_scale.repeat_interleave(k // GROUP, 1),
-        reference.weight_sums(weight_codes, k // GROUP),
     )
 
 
@@ -121,19 +117,16 @@ def per_token_reference(problem: Problem) -> Tensor:
     return reference.int4_linear(codes, problem.packed, *token_grid, *rest, torch.bfloat16)
 
 
-def grouped_arguments(problem: Problem) -> tuple[Tensor | None, ...]:
-    """The linear's arguments with a grid for every group of a token."""
-    codes, *grids = ops.quantize_activation_per_token(problem.x.unflatten(1, (-1, GROUP)), 4)
-    rest = (problem.group_scale, problem.group_sums, None, None)
-    return codes.flatten(1), problem.packed, *(part.squeeze(-1) for part in grids), *rest
-
-
 def from_float_in_groups(problem: Problem) -> Tensor:
-    return ops.int4_linear(*grouped_arguments(problem), torch.bfloat16)
+    weight = (problem.packed, problem.weight_scale, None, None)
+    return ops.token_grouped_int4_linear(problem.x, problem.x.shape[1] // GROUP, 4, *weight)
 
 
 def grouped_reference(problem: Problem) -> Tensor:
-    return reference.int4_linear(*grouped_arguments(problem), torch.bfloat16)
+    """Of the kernel's own codes: PyTorch on a GPU divides by a number as a product, which moves values at ties."""
+    codes, scale, _ = act_quant.quantize_groups(problem.x.unflatten(1, (-1, GROUP)), 4)
+    rest = (problem.weight_scale, None, None, None, torch.bfloat16)
+    return reference.int4_linear(codes.flatten(1), problem.packed, scale, None, *rest)
 
 
 def norm_reference(problem: Problem) -> Tensor:

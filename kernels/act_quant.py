@@ -22,7 +22,6 @@ from torch import Tensor
 _BLOCK = 2048
 # A token of up to this many elements is kept in registers between the two passes of the per-token kernel.
 _MAX_ROW_BLOCK = 16384
-_MAX_SHORT_ROW = 256
 
 
 @triton.jit
@@ -129,25 +128,26 @@ def _per_token_kernel(
 
 
 @triton.jit
-def _short_rows_kernel(
+def _groups_kernel(
     x_ptr,
     q_ptr,
     scale_ptr,
-    zero_point_ptr,
-    num_rows,
-    K,
+    sum_ptr,
+    num_groups,
+    C,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    row, k = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_K)
-    offsets, inside = row.to(tl.int64)[:, None] * K + k[None, :], (row < num_rows)[:, None] & (k < K)[None, :]
+    group, c = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C)
+    offsets, inside = group.to(tl.int64)[:, None] * C + c[None, :], (group < num_groups)[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     scale, zero_point = grid_of_interval(tl.min(x, 1), tl.max(x, 1), Q_MIN, Q_MAX, INTEGER=True)
-    tl.store(scale_ptr + row, scale, mask=row < num_rows)
-    tl.store(zero_point_ptr + row, zero_point, mask=row < num_rows)
-    tl.store(q_ptr + offsets, to_codes(x, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX), mask=inside)
+    codes = to_grid(x, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX) - zero_point[:, None]  # 0 for the padding
+    tl.store(q_ptr + offsets, codes.to(q_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + group, scale, mask=group < num_groups)
+    tl.store(sum_ptr + group, scale * tl.sum(codes, 1), mask=group < num_groups)
 
 
 def num_warps_for(block: int) -> int:
@@ -174,11 +174,6 @@ def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor,
         q_min, q_max = code_range(bits)
         num_columns = x.shape[-1]
         block = min(triton.next_power_of_2(num_columns), _MAX_ROW_BLOCK)
-        if num_columns <= block <= _MAX_SHORT_ROW:  # groups of a token's columns: many to a program
-            rows, arguments = _BLOCK // block, (x, codes, scale, zero_point, scale.numel(), num_columns, q_min, q_max)
-            programs = (triton.cdiv(scale.numel(), rows),)
-            _short_rows_kernel[programs](*arguments, BLOCK_ROWS=rows, BLOCK_K=block, num_warps=4)
-            return codes, scale, zero_point
         _per_token_kernel[(scale.numel(),)](
             x,
             codes,
@@ -192,3 +187,23 @@ def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor,
             num_warps=num_warps_for(block),
         )
     return codes, scale, zero_point
+
+
+def quantize_groups(x: Tensor, bits: int, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes less their zero point [M, G, C] of contiguous x, each group on its own min-max grid; scale and Σ x̂ [M, G].
+
+    Args:
+        dtype: Of the codes: int8 for up to 7 bits, float8_e4m3fn (which holds integers up to 16) for up to 4.
+    """
+    (num_tokens, num_groups, num_columns), (q_min, q_max) = x.shape, code_range(bits)
+    codes = torch.empty_like(x, dtype=dtype)
+    scale = x.new_empty((num_tokens, num_groups), dtype=torch.float32)
+    sums = torch.empty_like(scale)
+    if x.numel():
+        block = triton.next_power_of_2(num_columns)
+        groups = max(1, _BLOCK // block)
+        sizes = (scale.numel(), num_columns, q_min, q_max)
+        programs = (triton.cdiv(scale.numel(), groups),)
+        warps = num_warps_for(groups * block)
+        _groups_kernel[programs](x, codes, scale, sums, *sizes, BLOCK_G=groups, BLOCK_C=block, num_warps=warps)
+    return codes, scale, sums

@@ -5,11 +5,10 @@
 As :mod:`.int4_gemv` it takes weights as 32-bit words and multiplies four of them by four codes with one `dp4a`. There a
 row's integers are added first and scaled once; here the halves of a word (columns 4i … and P + 4i …) belong to two
 groups, so each half's four products are summed, made a float and scaled, and the row is a sum of floats. The zero
-points' part is a sum over groups, [BLOCK_N, BLOCK_G]. Four columns of a word must lie in one group: group sizes are
-multiples of 4.
+point's part, where the weights alone have groups, is a sum over them, [BLOCK_N, BLOCK_G] (:mod:`.int4_grouped` says
+why there is none on a token's groups). Four columns of a word must lie in one group: group sizes are multiples of 4.
 
-Shapes: codes int8 [1, K]; packed uint8 [N, P], P a multiple of 16 and at most 16 KiB; weight scale and sums [N, G];
-activation grid [1] or [1, G].
+Shapes: codes int8 [1, K]; packed uint8 [N, P], P a multiple of 16 and at most 16 KiB; the rest as in :mod:`.reference`.
 """
 
 import torch
@@ -49,20 +48,20 @@ def _half(
     column_word,
     N,
     CODE_WORDS,
-    G,
-    GROUP_WORDS: tl.constexpr,
-    ACT_GROUPS: tl.constexpr,
+    ACT_WORDS: tl.constexpr,
+    WEIGHT_WORDS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """s_x · s_w · Σ a w of the high nibbles of every word, float32 [BLOCK_N, BLOCK_W]."""
-    in_row, group = column_word < CODE_WORDS, column_word // GROUP_WORDS
+    """Σ a w of the high nibbles of every word, by the scales that have groups; float32 [BLOCK_N, BLOCK_W]."""
+    in_row = column_word < CODE_WORDS
     codes = tl.load(codes_ptr + column_word, mask=in_row, other=0)
-    act_scale = tl.load(act_scale_ptr + group * ACT_GROUPS, mask=in_row, other=0.0)
-    weight_scale = tl.load(
-        weight_scale_ptr + n[:, None] * G + group[None, :], mask=(n < N)[:, None] & in_row[None, :], other=0.0
-    )
-    acc = multiply_high_nibbles(packed, codes[None, :], ASM) >> 4
-    return acc.to(tl.float32) * (weight_scale * act_scale[None, :])
+    y = (multiply_high_nibbles(packed, codes[None, :], ASM) >> 4).to(tl.float32)
+    if ACT_WORDS:
+        y *= tl.load(act_scale_ptr + column_word // ACT_WORDS, mask=in_row, other=0.0)[None, :]
+    if WEIGHT_WORDS:
+        group = n[:, None] * (CODE_WORDS // WEIGHT_WORDS) + (column_word // WEIGHT_WORDS)[None, :]
+        y *= tl.load(weight_scale_ptr + group, mask=(n < N)[:, None] & in_row[None, :], other=0.0)
+    return y
 
 
 @triton.jit
@@ -79,9 +78,8 @@ def _grouped_gemv_kernel(
     N,
     CODE_WORDS,
     W,
-    G,
-    GROUP_WORDS: tl.constexpr,
-    ACT_GROUPS: tl.constexpr,
+    ACT_WORDS: tl.constexpr,
+    WEIGHT_WORDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -94,22 +92,25 @@ def _grouped_gemv_kernel(
     n_inside = n < N
     inside = n_inside[:, None] & (word < W)[None, :]
     packed = tl.load(packed_ptr + n.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0)
-    g = tl.arange(0, BLOCK_G)
-    groups, groups_inside = n[:, None] * G + g[None, :], n_inside[:, None] & (g < G)[None, :]
-    sums = tl.load(weight_sums_ptr + groups, mask=groups_inside, other=0).to(tl.float32)
-    sums *= tl.load(weight_scale_ptr + groups, mask=groups_inside, other=0.0)
+    if not ACT_WORDS:
+        g, num_groups = tl.arange(0, BLOCK_G), CODE_WORDS // WEIGHT_WORDS
+        groups, groups_inside = n[:, None] * num_groups + g[None, :], n_inside[:, None] & (g < num_groups)[None, :]
+        sums = tl.load(weight_sums_ptr + groups, mask=groups_inside, other=0).to(tl.float32)
+        sums_N = tl.sum(sums * tl.load(weight_scale_ptr + groups, mask=groups_inside, other=0.0), 1)
     if DEPENDENT:  # what a running model never writes has been asked for (:mod:`.int4_gemv`)
         gdc_wait()
         gdc_launch_dependents()
     y = _half(
-        packed << 4, codes_ptr, act_scale_ptr, weight_scale_ptr, n, word, N, CODE_WORDS, G, GROUP_WORDS, ACT_GROUPS, ASM
+        packed << 4, codes_ptr, act_scale_ptr, weight_scale_ptr, n, word, N, CODE_WORDS, ACT_WORDS, WEIGHT_WORDS, ASM
     )
     y += _half(
-        packed, codes_ptr, act_scale_ptr, weight_scale_ptr, n, word + W, N, CODE_WORDS, G, GROUP_WORDS, ACT_GROUPS, ASM
+        packed, codes_ptr, act_scale_ptr, weight_scale_ptr, n, word + W, N, CODE_WORDS, ACT_WORDS, WEIGHT_WORDS, ASM
     )
-    offset = tl.load(act_zero_point_ptr + g * ACT_GROUPS, mask=g < G, other=0.0)
-    offset *= tl.load(act_scale_ptr + g * ACT_GROUPS, mask=g < G, other=0.0)
-    y_N = tl.sum(y, 1) - tl.sum(sums * offset[None, :], 1)
+    y_N = tl.sum(y, 1)
+    if not ACT_WORDS:
+        y_N = tl.load(act_scale_ptr) * (y_N - tl.load(act_zero_point_ptr) * sums_N)
+    if not WEIGHT_WORDS:
+        y_N *= tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)
     if HAS_BIAS:
         y_N += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -130,9 +131,9 @@ def int4_grouped_gemv(
     codes: Tensor,
     packed: Tensor,
     act_scale: Tensor,
-    act_zero_point: Tensor,
+    act_zero_point: Tensor | None,
     weight_scale: Tensor,
-    weight_sums: Tensor,
+    weight_sums: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
@@ -140,7 +141,7 @@ def int4_grouped_gemv(
 ) -> None:
     """Writes y [1, N] of codes int8 [1, K] where the product is one that :func:`serves`."""
     num_outputs, num_bytes = packed.shape
-    num_columns, num_groups = codes.shape[1], weight_scale.shape[1]
+    num_words, weight_groups = codes.shape[1] // 4, weight_scale.shape[1]
     tile = tile or choose_gemv_tile(packed, quantizes=False)
     _grouped_gemv_kernel[(triton.cdiv(num_outputs, tile.block_n),)](
         codes.view(torch.int32),
@@ -153,18 +154,17 @@ def int4_grouped_gemv(
         bias,
         residual,
         num_outputs,
-        num_columns // 4,
+        num_words,
         num_bytes // 4,
-        num_groups,
-        GROUP_WORDS=num_columns // num_groups // 4,
-        ACT_GROUPS=act_scale.numel() > 1,
+        ACT_WORDS=num_words // act_scale.numel() if act_zero_point is None else 0,
+        WEIGHT_WORDS=num_words // weight_groups if weight_groups > 1 else 0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         DEPENDENT=tile.dependent,
         ASM=not INTERPRETED,
         BLOCK_N=tile.block_n,
         BLOCK_W=triton.next_power_of_2(num_bytes // 4),
-        BLOCK_G=triton.next_power_of_2(num_groups),
+        BLOCK_G=triton.next_power_of_2(weight_groups),
         num_warps=tile.num_warps,
         **({"launch_pdl": True} if tile.dependent else {}),
     )

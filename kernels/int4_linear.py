@@ -16,15 +16,13 @@ order. Many tokens:
 :mod:`.int4_hopper` where it serves and its large tiles fill the GPU; else 128 × 128 tiles, two programs a
 multiprocessor so that one unpacks while the other multiplies, ordered so that neighbours share weights in L2.
 
-**Groups.** With G scales a row, of weights or of activations, the int32 sum ends at every group's border and is scaled
-into a float32 one. That kernel picks the nibble by column, because a group may straddle the two halves.
+**Groups** of columns, of weights or of activations, are :mod:`.int4_grouped`'s.
 
 Contiguous tensors: codes int8 [M, K]; packed uint8 [N, P] with 2P ≥ K and zero codes from
 K on; the rest as in :mod:`.reference`. Any M, N, K < 131,072. sm_80 or later.
 """
 
 import functools
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -32,26 +30,22 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
 from lit_actreg_kernels.int4_gemv import serves as gemv_serves
+from lit_actreg_kernels.int4_grouped import int4_grouped_linear
 from lit_actreg_kernels.int4_grouped_gemv import int4_grouped_gemv
 from lit_actreg_kernels.int4_grouped_gemv import serves as grouped_gemv_serves
-from lit_actreg_kernels.int4_tile import INTERPRETED, correct, finish, scale_rows, times_16, times_16_high, times_16_low
+from lit_actreg_kernels.int4_tile import (
+    INTERPRETED,
+    Tile,
+    correct,
+    finish,
+    scale_rows,
+    sum_splits,
+    tickets_of,
+    tile_of_program,
+    times_16_high,
+    times_16_low,
+)
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes: block_m tokens × block_n outputs, block_k packed bytes (2 block_k columns) a step.
-
-    ``hopper`` selects the Gluon kernel of :mod:`.int4_hopper` (sm_90 only), which is not split over K.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    split_k: int = 1
-    hopper: bool = False
 
 
 @triton.jit
@@ -82,14 +76,7 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # GROUP_M tiles of tokens go through all outputs together: their activations stay in L2, weights pass through.
-    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    first_m = tl.program_id(0) // (GROUP_M * num_n) * GROUP_M
-    rows = tl.minimum(num_m - first_m, GROUP_M)
-    within = tl.program_id(0) % (GROUP_M * num_n)
-    m = (first_m + within % rows) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (within // rows) * BLOCK_N + tl.arange(0, BLOCK_N)
-
+    m, n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
     steps = tl.cdiv(tl.cdiv(P, BLOCK_K), SPLIT_K)
     start = split * steps * BLOCK_K
@@ -112,89 +99,11 @@ def _linear_kernel(
 
     last = True
     if SPLIT_K > 1:
-        partial_ptrs = partial_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
-        tl.store(partial_ptrs + split.to(tl.int64) * M * N, acc, mask=m_inside & n_inside)
-        # Every thread has stored before one of them takes the tile's ticket, and that publishes what all have stored.
-        tl.debug_barrier()
-        last = tl.atomic_add(ticket_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLIT_K - 1
-        if last:
-            tl.store(ticket_ptr + tl.program_id(0), 0)  # for the next launch
-            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-            for i in tl.static_range(SPLIT_K):
-                partial_ptrs_i = partial_ptrs + tl.cast(M, tl.int64) * N * i
-                acc += tl.load(partial_ptrs_i, mask=m_inside & n_inside, other=0, cache_modifier=".cg")
+        acc, last = sum_splits(acc, partial_ptr, ticket_ptr, m, n, M, N, SPLIT_K)
     if last:
         y = correct(acc, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, m, n, M, N, PER_TOKEN)
         y = scale_rows(y, act_scale_ptr, m, M, PER_TOKEN)
         finish(y, y_ptr, bias_ptr, residual_ptr, m, n, M, N, HAS_BIAS, HAS_RESIDUAL)
-
-
-@triton.jit
-def _grouped_kernel(
-    codes_ptr,
-    packed_ptr,
-    y_ptr,
-    act_scale_ptr,
-    act_zero_point_ptr,
-    weight_scale_ptr,
-    weight_sums_ptr,
-    bias_ptr,
-    residual_ptr,
-    M,
-    N,
-    K,
-    P,
-    G,
-    PER_TOKEN: tl.constexpr,
-    ACT_GROUPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    GROUP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ASM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    num_n = tl.cdiv(N, BLOCK_N)
-    m = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_inside, n_inside = m < M, n < N
-    code_rows = codes_ptr + m.to(tl.int64)[None, :] * K
-    packed_rows = packed_ptr + n.to(tl.int64)[:, None] * P
-    grids = m * (G if ACT_GROUPS else PER_TOKEN)
-    zero_point = tl.load(act_zero_point_ptr + grids, mask=m_inside, other=0.0)
-    y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for g in range(G):
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-        for offset in range(0, GROUP, BLOCK_K):
-            within = offset + tl.arange(0, BLOCK_K)
-            k = g * GROUP + within
-            if ALIGNED:  # the step lies in one group and in one half of the row
-                in_low = g * GROUP + offset < P
-                packed = tl.load(packed_rows + (k - tl.where(in_low, 0, P))[None, :], mask=n_inside[:, None], other=0)
-                shift = tl.full((BLOCK_N, BLOCK_K), 0, tl.uint8) + tl.where(in_low, 4, 0).to(tl.uint8)
-                weights = times_16(packed, shift, ASM)
-                codes = tl.load(code_rows + k[:, None], mask=m_inside[None, :], other=0)
-            else:
-                inside, in_low = (within < GROUP), (k < P)[None, :]
-                columns = tl.where(in_low, k[None, :], k[None, :] - P)
-                packed = tl.load(packed_rows + columns, mask=n_inside[:, None] & inside[None, :], other=0)
-                shift = tl.broadcast_to(tl.where(in_low, 4, 0).to(tl.uint8), (BLOCK_N, BLOCK_K))
-                weights = times_16(packed, shift, False)
-                codes = tl.load(code_rows + k[:, None], mask=m_inside[None, :] & inside[:, None], other=0)
-            acc = tl.dot(weights, codes, acc, out_dtype=tl.int32)
-        sums = tl.load(weight_sums_ptr + n * G + g, mask=n_inside, other=0).to(tl.float32)
-        weight_scale = tl.load(weight_scale_ptr + n * G + g, mask=n_inside, other=0.0)
-        if ACT_GROUPS:
-            zero_point = tl.load(act_zero_point_ptr + grids + g, mask=m_inside, other=0.0)
-        part = weight_scale[:, None] * ((acc >> 4).to(tl.float32) - zero_point[None, :] * sums[:, None])
-        if ACT_GROUPS:
-            part = scale_rows(part, act_scale_ptr + g, grids, M * G, True)
-        y += part
-    if not ACT_GROUPS:
-        y = scale_rows(y, act_scale_ptr, m, M, PER_TOKEN)
-    finish(y, y_ptr, bias_ptr, residual_ptr, m, n, M, N, HAS_BIAS, HAS_RESIDUAL)
 
 
 def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool) -> Tile:
@@ -235,17 +144,6 @@ def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
 
 
 @functools.cache
-def tickets_of(device: torch.device) -> Tensor:
-    """A zero for every tile whose K is split; every launch leaves zeros again.
-
-    One array a GPU: such products must not run at the same time on two streams of it.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the first product with few tokens is being captured in a CUDA graph: run it once before")
-    return torch.zeros(16384, dtype=torch.int32, device=device)
-
-
-@functools.cache
 def hopper_kernel(device: torch.device) -> ModuleType | None:
     """:mod:`.int4_hopper` where the device can run it and this Triton has what it is written in (Gluon)."""
     if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
@@ -277,65 +175,37 @@ def int4_linear(
         tile: Overrides :func:`choose_tile` and the choice of the kernel (benchmark and tests).
     """
     (num_tokens, num_columns), (num_outputs, num_bytes) = x.shape, packed.shape
-    num_groups = weight_scale.shape[1]
     y = x.new_empty((num_tokens, num_outputs), dtype=out_dtype)
     if not y.numel():
         return y
     epilogue = (act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
+    num_groups = weight_scale.shape[1]
     if isinstance(tile, GemvTile) or (tile is None and gemv_serves(num_tokens, packed, num_groups)):
         int4_gemv(x, packed, *epilogue, y, act_bits, tile=tile)
         return y
+    assert x.dtype == torch.int8, "these kernels take codes"
     if tile is None and grouped_gemv_serves(x, packed, num_groups):
         int4_grouped_gemv(x, packed, *epilogue, y)
         return y
-    hopper = hopper_kernel(x.device)
-    serves = hopper is not None and num_groups == 1 and hopper.serves(x, packed)
-    tile = tile or choose_tile(num_tokens, num_outputs, num_bytes, serves)
-    num_tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
-    options = {
-        "PER_TOKEN": act_scale.numel() > 1,
-        "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None,
-    }
-    assert x.dtype == torch.int8, "these kernels take codes"
     if num_groups > 1:
-        group_size = num_columns // num_groups
-        block_k = min(128, max(32, triton.next_power_of_2(group_size)))
-        _grouped_kernel[(num_tiles,)](
-            x,
-            packed,
-            y,
-            *epilogue,
-            num_tokens,
-            num_outputs,
-            num_columns,
-            num_bytes,
-            num_groups,
-            **options,
-            ACT_GROUPS=act_scale.dim() > 1 and act_scale.shape[1] > 1,
-            GROUP=group_size,
-            ALIGNED=group_size % block_k == 0 and num_bytes % block_k == 0,
-            ASM=not INTERPRETED,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=block_k,
-            num_warps=8 if tile.block_m == 128 else tile.num_warps,  # two accumulators take twice the registers
-            num_stages=3,
-        )
+        int4_grouped_linear(x, packed, *epilogue, y, tile)
         return y
+    hopper = hopper_kernel(x.device)
+    serves = hopper is not None and hopper.serves(x, packed)
+    tile = tile or choose_tile(num_tokens, num_outputs, num_bytes, serves)
     if tile.hopper:
         if hopper is None or not serves:
             raise ValueError("the hopper tile takes sm_90, and int8 codes with K and P multiples of 16")
         block = (tile.block_m, tile.block_n, tile.block_k)
         hopper.int4_prefill(x, packed, *epilogue, y, block, tile.num_warps, tile.num_stages)
         return y
-    split_k = tile.split_k
+    num_tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
     partial, tickets = None, None
-    if split_k > 1:
-        partial = x.new_empty((split_k, num_tokens, num_outputs), dtype=torch.int32)
+    if tile.split_k > 1:
+        partial = x.new_empty((tile.split_k, num_tokens, num_outputs), dtype=torch.int32)
         tickets = tickets_of(x.device)
         assert num_tiles <= tickets.numel(), "split K of few tiles only"
-    _linear_kernel[(num_tiles, split_k)](
+    _linear_kernel[(num_tiles, tile.split_k)](
         x,
         packed,
         y,
@@ -346,9 +216,11 @@ def int4_linear(
         num_outputs,
         num_columns,
         num_bytes,
-        **options,
+        PER_TOKEN=act_scale.numel() > 1,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
         EVEN_K=num_columns == 2 * num_bytes and num_bytes % tile.block_k == 0,
-        SPLIT_K=split_k,
+        SPLIT_K=tile.split_k,
         ASM=not INTERPRETED,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

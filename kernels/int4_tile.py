@@ -10,12 +10,43 @@ bytes (254 instructions); the interpreter, which has no inline assembly, takes t
 A tile is y^T, outputs × tokens (:mod:`.int4_linear` says why).
 """
 
+import functools
 import os
+from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes: block_m tokens × block_n outputs, block_k packed bytes (2 block_k columns) a step.
+
+    ``hopper`` selects the Gluon kernel of :mod:`.int4_hopper` (sm_90 only), which is not split over K.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    hopper: bool = False
+
+
+@functools.cache
+def tickets_of(device: torch.device) -> Tensor:
+    """A zero for every tile whose K is split; every launch leaves zeros again.
+
+    One array a GPU: such products must not run at the same time on two streams of it.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the first product with few tokens is being captured in a CUDA graph: run it once before")
+    return torch.zeros(16384, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -40,18 +71,37 @@ def times_16_high(packed):
 
 
 @triton.jit
-def times_16(packed, shift, ASM: tl.constexpr):
-    """16 · (nibble, signed) of every byte, int8: the low one for a uint8 ``shift`` of 4, the high one for 0."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 s, t; and.b32 s, $2, 4; shl.b32 t, $1, s; and.b32 $0, t, 0xF0F0F0F0; }",
-            "=r,r,r",
-            [packed, shift],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-    return ((packed << shift) & 0xF0).to(tl.int8, bitcast=True)
+def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The tokens [BLOCK_M] and outputs [BLOCK_N] of program_id(0).
+
+    GROUP_M tiles of tokens go through all outputs together: their activations stay in L2, weights pass through.
+    """
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first_m = tl.program_id(0) // (GROUP_M * num_n) * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    within = tl.program_id(0) % (GROUP_M * num_n)
+    m = (first_m + within % rows) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return m, (within // rows) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def sum_splits(part, partial_ptr, ticket_ptr, m, n, M, N, SPLIT_K: tl.constexpr):
+    """Adds the parts of a tile that SPLIT_K programs have: the sum, and whether this program is the one to use it.
+
+    The last one to arrive (it takes a ticket) adds all, in the same order whoever is last.
+    """
+    inside = (m < M)[None, :] & (n < N)[:, None]
+    partial_ptrs = partial_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(partial_ptrs + tl.program_id(1).to(tl.int64) * M * N, part, mask=inside)
+    # Every thread has stored before one of them takes the tile's ticket, and that publishes what all have stored.
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLIT_K - 1
+    if last:
+        tl.store(ticket_ptr + tl.program_id(0), 0)  # for the next launch
+        part = tl.zeros_like(part)
+        for i in tl.static_range(SPLIT_K):
+            part += tl.load(partial_ptrs + tl.cast(M, tl.int64) * N * i, mask=inside, other=0, cache_modifier=".cg")
+    return part, last
 
 
 @triton.jit

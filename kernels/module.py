@@ -1,11 +1,11 @@
 """``Int4Linear``: a linear layer whose weight is 4-bit codes and whose input is quantized on the way in.
 
-Memory: N · K / 2 bytes of codes (K padded to a multiple of 128), 4 bytes a scale and 4 a weight sum, where bfloat16
-takes 2 · N · K.
+Memory: N · K / 2 bytes of codes (K padded to a multiple of 128, or of two groups), 4 bytes a scale and 4 a weight sum,
+where bfloat16 takes 2 · N · K.
 """
 
 import torch
-from lit_actreg_kernels import ops, reference
+from lit_actreg_kernels import checks, ops, reference
 from lit_actreg_kernels.grid import code_range, pack_int4
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,12 +25,13 @@ class Int4Linear(nn.Module):
         act_zero_point: Its zero point, [1]; may have a fraction.
         act_bits: Bits of the activation grid, 2-8.
         weight_bits: Bits of the weight grid, 2-4 (all are stored in four).
-        act_groups: Groups of a token's columns with a grid of their own, dynamic grids only. A multiple of the weight's
-            groups, or a divisor. The weight's scale and sums are kept for every group of the finer of both: 8 bytes
-            beside the K / (2G) of a group's codes.
+        act_groups: Groups of a token's columns with a grid of their own, dynamic grids of up to 7 bits only. A multiple
+            of the weight's groups, or a divisor.
 
     Buffers stay float32 and int32 under ``module.to(dtype)``: they are arithmetic, not activations.
     """
+
+    weight_scale: Tensor
 
     def __init__(
         self,
@@ -58,22 +59,25 @@ class Int4Linear(nn.Module):
         self.out_features, self.in_features = codes.shape
         if weight_scale.dim() != 2 or weight_scale.shape[0] != self.out_features:
             raise ValueError(f"weight_scale has shape {list(weight_scale.shape)}: pass [{self.out_features}, G]")
-        if self.in_features >= ops.MAX_COLUMNS or self.in_features % weight_scale.shape[1]:
+        if self.in_features >= checks.MAX_COLUMNS or self.in_features % weight_scale.shape[1]:
             raise ValueError(
-                f"{self.in_features} input columns: the kernels need fewer than {ops.MAX_COLUMNS}, "
+                f"{self.in_features} input columns: the kernels need fewer than {checks.MAX_COLUMNS}, "
                 f"divisible by {weight_scale.shape[1]} groups"
             )
-        if act_groups > 1 and (act_scale is not None or self.in_features % act_groups):
-            raise ValueError(f"{act_groups} groups of activations: their grids must be dynamic, and they must divide K")
+        if act_groups > 1 and (act_scale is not None or act_bits > 7 or self.in_features % act_groups):
+            raise ValueError(
+                f"{act_groups} groups of {act_bits}-bit activations: they must divide K, and their grids be dynamic, "
+                "of up to 7 bits"
+            )
         num_groups, coarser = max(act_groups, weight_scale.shape[1]), min(act_groups, weight_scale.shape[1])
         if num_groups % coarser:
             raise ValueError(
                 f"{act_groups} groups of activations, {weight_scale.shape[1]} of weights: no whole multiple"
             )
-        weight_scale = weight_scale.repeat_interleave(num_groups // weight_scale.shape[1], 1)
-        self.act_bits, self.weight_bits, self.num_groups = act_bits, weight_bits, weight_scale.shape[1]
-        self.act_groups = act_groups
-        padded = functional.pad(codes, (0, -self.in_features % _ROW_COLUMNS))
+        self.act_bits, self.weight_bits, self.act_groups = act_bits, weight_bits, act_groups
+        # with groups, each half of a row holds whole ones
+        multiple = _ROW_COLUMNS if num_groups == 1 else 2 * self.in_features // num_groups
+        padded = functional.pad(codes, (0, -self.in_features % multiple))
         self.register_buffer("packed", pack_int4(padded))
         self.register_buffer("weight_scale", weight_scale.float().contiguous())
         self.register_buffer("weight_sums", reference.weight_sums(codes, weight_scale.shape[1]))
@@ -98,14 +102,12 @@ class Int4Linear(nn.Module):
         x_MK = x.reshape(-1, self.in_features)
         residual_MN = None if residual is None else residual.reshape(-1, self.out_features)
         weight = (self.weight_scale, self.weight_sums, self.bias, residual_MN)
-        if self.act_scale is None:
-            x_MGK = x_MK.unflatten(-1, (self.act_groups, -1))
-            codes, scale, zero_point = ops.quantize_activation_per_token(x_MGK, self.act_bits)
-            scale, zero_point = scale.squeeze(-1), zero_point.squeeze(-1)
-            if 1 < self.act_groups < self.num_groups:  # the weight's groups are finer
-                repeats = self.num_groups // self.act_groups
-                scale, zero_point = scale.repeat_interleave(repeats, 1), zero_point.repeat_interleave(repeats, 1)
-            y_MN = ops.int4_linear(codes.flatten(1), self.packed, scale, zero_point, *weight, x.dtype)
+        if self.act_groups > 1:
+            inputs = (x_MK, self.act_groups, self.act_bits)
+            y_MN = ops.token_grouped_int4_linear(*inputs, self.packed, self.weight_scale, self.bias, residual_MN)
+        elif self.act_scale is None:
+            codes, scale, zero_point = ops.quantize_activation_per_token(x_MK, self.act_bits)
+            y_MN = ops.int4_linear(codes, self.packed, scale, zero_point, *weight, x.dtype)
         else:
             grid = (self.act_scale, self.act_zero_point, self.act_bits)
             y_MN = ops.quantized_int4_linear(x_MK, self.packed, *grid, *weight)
@@ -157,5 +159,5 @@ class Int4Linear(nn.Module):
         grid = "per token" if self.act_scale is None else "static"
         return (
             f"in={self.in_features}, out={self.out_features}, W{self.weight_bits}A{self.act_bits}, {grid}, "
-            f"groups={self.num_groups}, bias={self.bias is not None}"
+            f"groups={self.weight_scale.shape[1]}, bias={self.bias is not None}"
         )

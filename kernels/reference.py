@@ -5,12 +5,14 @@ With activation codes a (grid s_x, z_x) and weight codes w (symmetric, scale s_w
     y_mn = Σ_k (a_mk − z_x) s_x · w_nk s_w  + b_n  =  s_x · s_w · (Σ_k a_mk w_nk − z_x · Σ_k w_nk) + b_n
 
 so the only product over K is one of integers, and the zero point costs one multiplication by a sum of the weight's row
-that is computed once, at pack time (Jacob et al., arXiv 1712.05877, eq. 7). With groups of columns that share a weight
-scale the bracket is formed per group and s_w stays inside the sum over groups.
+that is computed once, at pack time (Jacob et al., arXiv 1712.05877, eq. 7). With groups of columns that share a scale,
+of a row of weights or of a token, the bracket is formed per group and scaled inside the sum over groups. Codes on a
+token's groups are *centered*: they come less their zero point (a − z fits int8 up to 7 bits), and there is none to
+correct for.
 
 Shapes: codes int8 [M, K]; weight codes int8 [N, K]; weight scale float32 and weight sums int32 [N, G], K divisible by
-G; activation scale and zero point float32 [1] (static), [M, 1] (per token) or [M, G] (per group of a token, G as the
-weight's); bias [N]; residual [M, N].
+G; activation scale and zero point float32 [1] (static) or [M, 1] (per token); scale [M, H] and no zero point by groups
+of a token (of G and H one divides the other); bias [N]; residual [M, N].
 
 Exactness: |a| ≤ 128 and |w| ≤ 8 bound every partial sum by 1024 K, so a float32 product is exact up to K = 16,384 and a
 float64 one always. The epilogue is float32: with 4-bit activations |acc| and |z · sum| stay below 2^24 for K < 131,072,
@@ -32,6 +34,13 @@ def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor,
     """Codes int8 of x [..., K], and each token's own scale and zero point, float32 [..., 1]."""
     scale, zero_point = grid.grid_per_token(x.float(), bits)
     return grid.quantize(x, scale, zero_point, bits), scale, zero_point
+
+
+def quantize_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 less their zero point [M, G, C] of x, each group on its own grid; its scale and Σ x̂, [M, G]."""
+    codes, scale, zero_point = quantize_activation_per_token(x, bits)
+    centered = codes - zero_point
+    return centered.to(torch.int8), scale.squeeze(-1), (scale * centered).sum(-1)
 
 
 def norm_quantize(
@@ -75,32 +84,44 @@ def int4_linear(
     codes: Tensor,
     packed: Tensor,
     act_scale: Tensor,
-    act_zero_point: Tensor,
+    act_zero_point: Tensor | None,
     weight_scale: Tensor,
-    weight_sums: Tensor,
+    weight_sums: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The linear layer of the module's formula: codes int8 [M, K], packed uint8 [N, P] (P ≥ K / 2) → [M, N]."""
-    num_columns, num_groups = codes.shape[-1], weight_scale.shape[-1]
+    num_columns, num_groups = codes.shape[-1], max(act_scale.shape[-1], weight_scale.shape[-1])
+    act_groups, weight_groups = (num_groups // scale.shape[-1] for scale in (act_scale, weight_scale))
     weight_codes = grid.unpack_int4(packed, num_columns)
-    scaled = torch.zeros(codes.shape[0], packed.shape[0], device=codes.device)
+    y = torch.zeros(codes.shape[0], packed.shape[0], device=codes.device)
     group_size = num_columns // num_groups
     for g in range(num_groups):
         columns = slice(g * group_size, (g + 1) * group_size)
-        acc = integer_matmul(codes[:, columns], weight_codes[:, columns])
-        if act_scale.shape[-1] > 1:
-            zero_point = act_zero_point[:, g : g + 1]
-            scaled += act_scale[:, g : g + 1] * (weight_scale[:, g] * (acc.float() - zero_point * weight_sums[:, g]))
-        else:
-            scaled += weight_scale[:, g] * (acc.float() - act_zero_point * weight_sums[:, g])
-    y = scaled if act_scale.shape[-1] > 1 else act_scale * scaled
+        part = integer_matmul(codes[:, columns], weight_codes[:, columns]).float()
+        if act_zero_point is not None and weight_sums is not None:
+            part -= act_zero_point * weight_sums[:, g // weight_groups]
+        y += act_scale[..., g // act_groups, None] * (weight_scale[:, g // weight_groups] * part)
     if bias is not None:
         y = y + bias.float()
     if residual is not None:
         y = y + residual.float()
     return y.to(out_dtype)
+
+
+def token_grouped_int4_linear(
+    x: Tensor,
+    act_groups: int,
+    act_bits: int,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """The linear of x [M, K] with a min-max grid for every one of ``act_groups`` groups of each token's columns."""
+    codes, scale, _ = quantize_groups(x.unflatten(1, (act_groups, -1)), act_bits)
+    return int4_linear(codes.flatten(1), packed, scale, None, weight_scale, None, bias, residual, x.dtype)
 
 
 def norm_int4_linear(

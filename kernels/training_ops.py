@@ -34,7 +34,8 @@ from typing import Any
 
 import torch
 from lit_actreg_kernels import training_reference
-from lit_actreg_kernels.ops import FLOAT_DTYPES, MAX_NORM_COLUMNS, has_triton_kernels
+from lit_actreg_kernels.checks import FLOAT_DTYPES, MAX_NORM_COLUMNS
+from lit_actreg_kernels.ops import has_triton_kernels
 from torch import Tensor
 
 

@@ -62,7 +62,8 @@ def plan_layers(model: Decoder, quantizer: Quantizer, quant: QuantConfig) -> lis
                 in_groups = num_groups(linear.in_features, token_group_size, "token_group_size")
             except ValueError as error:
                 raise ValueError(f"blocks.{index}.{site}: {error}") from None
-            obstacle = int4_obstacle(quantizer.bits, quantizer.symmetric, inputs, groups, in_groups)
+            on_input = (inputs, quant.activation_bits, groups, in_groups)
+            obstacle = int4_obstacle(quantizer.bits, quantizer.symmetric, *on_input)
             layers.append(
                 {
                     "layer": f"blocks.{index}.{site}",

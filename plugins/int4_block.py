@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import ops
+from lit_actreg_kernels.checks import MAX_NORM_COLUMNS
 from lit_actreg_kernels.module import Int4Linear
 from torch import Tensor, nn
 
@@ -59,7 +60,7 @@ class Int4Block(Block):
     @staticmethod
     def serves(block: nn.Module) -> bool:
         """Whether the fused kernels can run this block (not a subclass: sharding makes one, with hooks)."""
-        if type(block) is not Block or block.loss_terms or block.config.width > ops.MAX_NORM_COLUMNS:
+        if type(block) is not Block or block.loss_terms or block.config.width > MAX_NORM_COLUMNS:
             return False
         linears = [getattr(block, site) for site in SITES]
         if not all(isinstance(linear, Int4Linear) for linear in linears):

@@ -73,9 +73,9 @@ class W4A4Precision(Precision):
             for name, child in list(parent.named_children()):
                 if not isinstance(child, QuantizedLinear):
                     continue
+                inputs = (child.activations, child.activation_bits)
                 groups = (child.weight_scale.shape[1], child.activation_groups)
-                symmetric = child.weight_zero_point is None
-                obstacle = int4_obstacle(child.weight_bits, symmetric, child.activations, *groups)
+                obstacle = int4_obstacle(child.weight_bits, child.weight_zero_point is None, *inputs, *groups)
                 if obstacle is not None:
                     obstacles[obstacle] += 1
                 else:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lit_actreg_kernels import act_quant, reference
+from lit_actreg_kernels import act_quant, grid, reference
 from quantizer_checks import DTYPES, on_device, static_grid
 
 GRIDS = [(0.37, -2.0, 4), (0.0413, 1.37, 4), (0.9, 0.0, 3), (0.021, -11.3, 8)]
@@ -40,6 +40,23 @@ def test_per_token_codes_are_equal_to_the_bit(dtype, shape):
     result = act_quant.quantize_activation_per_token(*on_device(x), 4)
     for got, expected in zip(result, reference.quantize_activation_per_token(x, 4), strict=True):
         assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 64), (5, 9, 20), (3, 2, 3000), (0, 2, 8)])
+@pytest.mark.parametrize("bits", [4, 7])
+def test_groups_have_the_grids_of_tokens(dtype, shape, bits):
+    x = (torch.randn(shape) * 3 + 1).to(dtype)
+    codes, scale, zero_point = reference.quantize_activation_per_token(x, bits)
+    x_hat = grid.dequantize(codes, scale, zero_point)
+    for result in (reference.quantize_groups(x, bits), act_quant.quantize_groups(*on_device(x), bits)):
+        centered, found, sums = (tensor.cpu() for tensor in result)
+        assert torch.equal(found, scale[..., 0])
+        assert torch.equal(centered, codes - zero_point)
+        torch.testing.assert_close(sums, x_hat.sum(-1), rtol=1e-5, atol=1e-5 * shape[-1])
+    if bits == 4:
+        float8, *_ = act_quant.quantize_groups(*on_device(x), bits, torch.float8_e4m3fn)
+        assert torch.equal(float8.cpu().float(), (codes - zero_point))
 
 
 def test_per_token_long_rows_and_constant_rows(monkeypatch):

@@ -95,33 +95,6 @@ def test_epilogue(dtype, per_token, tile):
     assert ((run(tensors, dtype, tile).double() - wide).abs() <= tolerance).all()
 
 
-@pytest.mark.parametrize(
-    ("k", "groups", "padding"), [(256, 2, 0), (256, 4, 0), (96, 3, 0), (80, 5, 48), (40, 4, 24), (320, 5, 64)]
-)
-@pytest.mark.parametrize("m", [3, 70])
-def test_groups(k, groups, padding, m):
-    tensors, _ = problem(m, 33, k, groups, per_token=True, padding=padding)
-    tile = Tile(16, 32, 64, 2, 2) if m < 16 else Tile(64, 32, 64, 4, 2)
-    # One float32 addition a group, in another order of roundings than the reference's.
-    rtol = 32 * torch.finfo(torch.float32).eps
-    answer = expected(tensors, torch.float32)
-    torch.testing.assert_close(run(tensors, torch.float32, tile), answer, rtol=rtol, atol=rtol * answer.abs().max())
-
-
-@pytest.mark.parametrize(("k", "groups", "padding"), [(256, 2, 0), (80, 5, 48), (320, 5, 64)])
-@pytest.mark.parametrize("m", [1, 3, 70])
-def test_groups_of_a_tokens_columns(k, groups, padding, m):
-    tensors, weight_codes = problem(m, 33, k, groups, padding=padding, act_bits=8)
-    scale, zero_point = torch.rand(m, groups) + 0.1, torch.randint(-8, 8, (m, groups)).float()
-    tensors |= {"act_scale": scale, "act_zero_point": zero_point}
-    x_hat = (tensors["x"].unflatten(1, (groups, -1)) - zero_point[..., None]).double() * scale[..., None]
-    w_hat = weight_codes.unflatten(1, (groups, -1)).double() * tensors["weight_scale"][..., None]
-    answer = x_hat.flatten(1) @ w_hat.flatten(1).T + tensors["bias"] + tensors["residual"]
-    rtol = 32 * torch.finfo(torch.float32).eps
-    for found in (run(tensors, torch.float32), expected(tensors, torch.float32)):
-        torch.testing.assert_close(found.double(), answer, rtol=rtol, atol=rtol * answer.abs().max())
-
-
 @pytest.mark.parametrize("padding", [0, 1, 50, 128])
 def test_padded_weights_ignore_what_lies_beyond_k(padding):
     tensors, weight_codes = problem(5, 20, 78, padding=padding)

@@ -28,6 +28,7 @@ def samples():
         "gelu_quantize": (x, *GRID, 4),
         "swiglu_quantize": (x, *GRID, 4),
         "int4_linear": (codes, packed, *GRID, weight_scale, weight_sums, bias, None, torch.bfloat16),
+        "token_grouped_int4_linear": (x, 4, 4, packed, weight_scale, bias, None),
         "quantized_int4_linear": (x, packed, *GRID, 4, weight_scale, weight_sums, None, None),
     }
 
@@ -67,6 +68,19 @@ def test_module_agrees_with_fake_quantization(groups, static, dtype, act_bits):
     # float32 arithmetic of about ten roundings on terms up to about 100, then one rounding to dtype.
     rtol = torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=1e-4)
+
+
+@pytest.mark.parametrize(("act_groups", "weight_groups"), [(3, 1), (6, 3), (3, 6), (9, 9)])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_module_with_groups_of_a_token(act_groups, weight_groups, tokens):
+    codes = torch.randint(-8, 8, (24, 72), dtype=torch.int8, device=DEVICE)
+    weight_scale = torch.rand(24, weight_groups, device=DEVICE) / 50
+    layer = Int4Linear(codes, weight_scale, act_groups=act_groups)
+    x = torch.randn(tokens, 72, device=DEVICE)
+    groups = x.unflatten(1, (act_groups, -1))
+    x_hat = grid.dequantize(grid.quantize(groups, *(g := grid.grid_per_token(groups, 4)), 4), *g).flatten(1)
+    w_hat = codes.double().unflatten(1, (weight_groups, -1)) * weight_scale[..., None]
+    torch.testing.assert_close(layer(x).double(), x_hat.double() @ w_hat.flatten(1).T, rtol=1e-5, atol=1e-5)
 
 
 def test_module_compiles_whole_and_keeps_its_buffers():
@@ -115,6 +129,9 @@ def test_large_sums_are_exact_in_the_reference():
         ({"act_scale": torch.ones(1)}, "pass both or neither"),
         ({"weight_scale": torch.ones(4)}, r"pass \[4, G\]"),
         ({"weight_scale": torch.ones(4, 3)}, "divisible by 3 groups"),
+        ({"act_groups": 3}, "must divide K"),
+        ({"act_groups": 2, "act_bits": 8}, "up to 7 bits"),
+        ({"act_groups": 2, "act_scale": torch.ones(1), "act_zero_point": torch.ones(1)}, "their grids be dynamic"),
     ],
 )
 def test_module_refuses(change, message):
@@ -134,6 +151,7 @@ def test_module_refuses(change, message):
         (6, torch.ones(5, device=DEVICE), "bias must have shape"),
         (7, torch.ones(6, 4, device=DEVICE), "residual must have"),
         (8, torch.float64, "out_dtype"),
+        (4, torch.ones(6, 5, device=DEVICE), "5 groups of weights"),
     ],
 )
 def test_int4_linear_refuses(index, value, message):
@@ -141,6 +159,24 @@ def test_int4_linear_refuses(index, value, message):
     arguments[index] = value
     with pytest.raises(ValueError, match=message):
         ops.int4_linear(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, torch.zeros(4, 32, dtype=torch.int8, device=DEVICE), "cast it"),
+        (1, 1, "one group"),
+        (1, 5, "5 of activations"),
+        (2, 8, "choose 2 to 7"),
+        (3, torch.zeros(6, 18, dtype=torch.uint8, device=DEVICE), "pad the weights"),
+        (4, torch.ones(6, 3, device=DEVICE), "3 groups of weights"),
+    ],
+)
+def test_token_grouped_int4_linear_refuses(index, value, message):
+    arguments = list(samples()["token_grouped_int4_linear"])
+    arguments[index] = value
+    with pytest.raises(ValueError, match=message):
+        ops.token_grouped_int4_linear(*arguments)
 
 
 def test_quantizers_refuse():

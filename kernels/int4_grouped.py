@@ -1,0 +1,288 @@
+"""The W4A4 linear whose columns have grids in groups: of the weights, of every token, or of both.
+
+    y_mn = Σ_g s_x,mg · s_w,ng · Σ_k (a_mk − z_mg) w_nk + b_n + r_mn, k over the columns of group g
+
+The tensor cores' sum ends at every group's border and is scaled into a float32 one. With 64 columns a group that takes
+longer than the product itself: a multiprocessor does 4,096 int8 products a clock, and 128 float operations. So as
+little as possible is left in the loop:
+
+- Codes on *a token's* groups come less their zero point (a − z fits int8 up to 7 bits): nothing to correct.
+- With groups of the *weights* alone the activation's grid is one a token or a static one, and Σ_g s_w,ng Σ_k w_nk, what
+  its zero point multiplies, is a vector beside the sum.
+- A scale that is one a row, of either side, waits for the end.
+- **float8.** An int32 sum has to be made a float, which costs as much as scaling it twice; a product of float8 numbers
+  is one. E4M3 holds every integer up to 16, so a − z of 4 bits is exact in it; and a byte `0000uuuu` read as E4M3 *is*
+  u · 2^-9 for all u from 0 to 15 (subnormal below 8, with the exponent's lowest bit from 8 on). So u = w + 8 costs the
+  two operations on four bytes that 16-fold int8 costs, and what it adds is 8 · Σ_k x̂_mk, one number a token, from the
+  quantizer. Hopper adds float8 products with 14 significant bits; 64 columns need no more (64 · 15 · 15 < 2^14).
+  For many tokens on sm_90, 4-bit activations, weights with one scale a channel.
+
+The two halves of a packed row are two dots as in :mod:`.int4_linear`, which also says why the tile is y^T. So that a
+step of the loop lies in one group of either half, a half holds whole groups: P is a multiple of the group.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from lit_actreg_kernels.act_quant import quantize_groups
+from lit_actreg_kernels.int4_grouped_gemv import int4_grouped_gemv, serves
+from lit_actreg_kernels.int4_tile import (
+    INTERPRETED,
+    Tile,
+    finish,
+    scale_rows,
+    sum_splits,
+    tickets_of,
+    tile_of_program,
+    times_16_high,
+    times_16_low,
+)
+from torch import Tensor
+
+
+@triton.jit
+def offset_float8(packed, HIGH: tl.constexpr, ASM: tl.constexpr):
+    """(w + 8) · 2^-9 of every byte's low or high nibble w, float8 E4M3."""
+    if ASM:
+        shift: tl.constexpr = "shr.b32 t, $1, 4;" if HIGH else "mov.b32 t, $1;"
+        u = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; " + shift + " and.b32 t, t, 0x0F0F0F0F; xor.b32 $0, t, 0x08080808; }",
+            "=r,r",
+            [packed],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        u = ((packed >> 4 if HIGH else packed) & 15) ^ 8
+    return u.to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _scale_of(
+    column,
+    act_scale_ptr,
+    weight_scale_ptr,
+    m,
+    n,
+    M,
+    N,
+    K,
+    ACT_GROUP: tl.constexpr,
+    WEIGHT_GROUP: tl.constexpr,
+):
+    """s_x · s_w of the groups that ``column`` is in, float32; [1, BLOCK_M], [BLOCK_N, 1] or [BLOCK_N, BLOCK_M]."""
+    column = tl.minimum(column, K - 1)  # a half may end in a group that the row does not have: its sum is zero
+    if ACT_GROUP:
+        act = act_scale_ptr + m * (K // ACT_GROUP) + column // ACT_GROUP
+        scale = tl.load(act, mask=m < M, other=0.0)[None, :]
+    if WEIGHT_GROUP:
+        weight = weight_scale_ptr + n * (K // WEIGHT_GROUP) + column // WEIGHT_GROUP
+        weight_scale = tl.load(weight, mask=n < N, other=0.0)[:, None]
+        scale = scale * weight_scale if ACT_GROUP else weight_scale
+    return scale
+
+
+@triton.jit
+def grouped_kernel(
+    codes_ptr,
+    packed_ptr,
+    y_ptr,
+    act_scale_ptr,
+    offset_ptr,
+    weight_scale_ptr,
+    weight_sums_ptr,
+    bias_ptr,
+    residual_ptr,
+    partial_ptr,
+    ticket_ptr,
+    M,
+    N,
+    K,
+    P,
+    GROUP: tl.constexpr,
+    ACT_GROUP: tl.constexpr,
+    WEIGHT_GROUP: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    steps: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K  # of a group
+    even: tl.constexpr = GROUP % BLOCK_K == 0
+    m, n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m_inside, n_inside = (m < M)[None, :], (n < N)[:, None]
+    low_rows = codes_ptr + m.to(tl.int64)[None, :] * K
+    high_rows = low_rows + P
+    packed_rows = packed_ptr + n.to(tl.int64)[:, None] * P
+
+    y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    low_acc, high_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32), tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    groups = tl.cdiv(P // GROUP, SPLIT_K)
+    start = tl.program_id(1) * groups
+    for step in range(start * steps, min(start + groups, P // GROUP) * steps):
+        first = step // steps * GROUP
+        within = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        k = first + within
+        low_scale = _scale_of(first, act_scale_ptr, weight_scale_ptr, m, n, M, N, K, ACT_GROUP, WEIGHT_GROUP)
+        high_scale = _scale_of(first + P, act_scale_ptr, weight_scale_ptr, m, n, M, N, K, ACT_GROUP, WEIGHT_GROUP)
+        # A byte past its group reads as two zero codes, and codes past K or past their group are zeros too.
+        inside = within < GROUP
+        packed = tl.load(packed_rows + k[None, :], mask=n_inside if even else n_inside & inside[None, :], other=0)
+        low_inside = m_inside if EVEN_K else m_inside & (inside & (k < K))[:, None]
+        high_inside = m_inside if EVEN_K else m_inside & (inside & (k + P < K))[:, None]
+        low = tl.load(low_rows + k[:, None], mask=low_inside, other=0.0 if FLOAT8 else 0)
+        high = tl.load(high_rows + k[:, None], mask=high_inside, other=0.0 if FLOAT8 else 0)
+        if FLOAT8:
+            y += tl.dot(offset_float8(packed, False, ASM), low) * low_scale
+            y += tl.dot(offset_float8(packed, True, ASM), high) * high_scale
+        elif steps == 1:
+            y += tl.dot(times_16_low(packed, ASM), low, out_dtype=tl.int32).to(tl.float32) * low_scale
+            y += tl.dot(times_16_high(packed), high, out_dtype=tl.int32).to(tl.float32) * high_scale
+        else:
+            low_acc = tl.dot(times_16_low(packed, ASM), low, low_acc, out_dtype=tl.int32)
+            high_acc = tl.dot(times_16_high(packed), high, high_acc, out_dtype=tl.int32)
+            if step % steps == steps - 1:
+                y += low_acc.to(tl.float32) * low_scale + high_acc.to(tl.float32) * high_scale
+                low_acc, high_acc = tl.zeros_like(low_acc), tl.zeros_like(high_acc)
+        if not ACT_GROUP:
+            low_sums = weight_sums_ptr + n * (K // GROUP) + first // GROUP
+            part = tl.sum(low_scale, 1) * tl.load(low_sums, mask=n < N, other=0)
+            if first + P < K:
+                part += tl.sum(high_scale, 1) * tl.load(low_sums + P // GROUP, mask=n < N, other=0)
+            sums += tl.where(step % steps == 0, part, 0.0)
+    y *= 512.0 if FLOAT8 else 0.0625
+    if not ACT_GROUP:
+        y -= tl.load(offset_ptr + m * PER_TOKEN, mask=m < M, other=0.0)[None, :] * sums[:, None]
+
+    last = True
+    if SPLIT_K > 1:
+        y, last = sum_splits(y, partial_ptr, ticket_ptr, m, n, M, N, SPLIT_K)
+    if last:
+        if FLOAT8:
+            y -= 8.0 * tl.load(offset_ptr + m, mask=m < M, other=0.0)[None, :]
+        if not WEIGHT_GROUP:
+            y *= tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)[:, None]
+        if not ACT_GROUP:
+            y = scale_rows(y, act_scale_ptr, m, M, PER_TOKEN)
+        finish(y, y_ptr, bias_ptr, residual_ptr, m, n, M, N, HAS_BIAS, HAS_RESIDUAL)
+
+
+def choose_grouped_tile(num_tokens: int, num_outputs: int, num_groups: int, group_size: int) -> Tile:
+    """The tile for groups: a step takes a part of one, the largest power of two that divides it if that serves."""
+    divisor = group_size & -group_size
+    block_k = min(64, divisor if divisor >= 32 else max(32, triton.next_power_of_2(group_size)))
+    if num_tokens <= 64:
+        block_m = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
+        split_k = max(1, min(8, 512 // triton.cdiv(num_outputs, 32), num_groups // 8))
+        return Tile(block_m, 32, block_k, num_warps=2 if block_m == 16 else 4, num_stages=5, split_k=split_k)
+    return Tile(128, 64, block_k, num_warps=4, num_stages=3)
+
+
+def float8_serves(x: Tensor, act_bits: int, weight_groups: int) -> bool:
+    """Whether many tokens x take the float8 product (it was checked to be exact on sm_90 alone)."""
+    serves = act_bits <= 4 and weight_groups == 1
+    return serves and not INTERPRETED and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def int4_grouped_linear(
+    codes: Tensor,
+    packed: Tensor,
+    act_scale: Tensor,
+    offset: Tensor | None,
+    weight_scale: Tensor,
+    weight_sums: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """Writes y [M, N] of codes [M, K].
+
+    Args:
+        act_scale: By groups of a token, [M, H]; else [1] or [M, 1], and the weights have groups.
+        offset: Without groups of a token, the zero point [1] or [M, 1]. With them, Σ_k x̂ of every token [M] where codes
+            are float8, or None.
+    """
+    (num_tokens, num_columns), (num_outputs, num_bytes) = codes.shape, packed.shape
+    act_groups, weight_groups = act_scale.shape[-1], weight_scale.shape[1]
+    num_groups = max(act_groups, weight_groups)
+    group_size = num_columns // num_groups
+    tile = tile or choose_grouped_tile(num_tokens, num_outputs, num_groups, group_size)
+    num_tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
+    partial, tickets = None, None
+    if tile.split_k > 1:
+        partial = y.new_empty((tile.split_k, num_tokens, num_outputs), dtype=torch.float32)
+        tickets = tickets_of(codes.device)
+        assert num_tiles <= tickets.numel(), "split K of few tiles only"
+    grouped_kernel[(num_tiles, tile.split_k)](
+        codes,
+        packed,
+        y,
+        act_scale,
+        offset,
+        weight_scale,
+        weight_sums,
+        bias,
+        residual,
+        partial,
+        tickets,
+        num_tokens,
+        num_outputs,
+        num_columns,
+        num_bytes,
+        GROUP=group_size,
+        ACT_GROUP=num_columns // act_groups if act_groups > 1 else 0,
+        WEIGHT_GROUP=num_columns // weight_groups if weight_groups > 1 else 0,
+        PER_TOKEN=act_scale.numel() > 1,
+        FLOAT8=codes.dtype == torch.float8_e4m3fn,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        EVEN_K=num_columns == 2 * num_bytes and group_size % tile.block_k == 0,
+        SPLIT_K=tile.split_k,
+        ASM=not INTERPRETED,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=8,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def token_grouped_int4_linear(
+    x: Tensor,
+    act_groups: int,
+    act_bits: int,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """y [M, N] in the dtype of x [M, K], each of ``act_groups`` groups of a token's columns on its own grid."""
+    y = x.new_empty((x.shape[0], packed.shape[0]))
+    if not y.numel():
+        return y
+    layer: tuple[Any, ...] = (weight_scale, None, bias, residual, y)
+    x_MGC = x.view(x.shape[0], act_groups, -1)
+    if x.shape[0] > 64 and float8_serves(x, act_bits, weight_scale.shape[1]):
+        codes, scale, sums = quantize_groups(x_MGC, act_bits, torch.float8_e4m3fn)
+        int4_grouped_linear(codes.view(x.shape), packed, scale, sums.sum(-1), *layer)
+        return y
+    codes, scale, _ = quantize_groups(x_MGC, act_bits)
+    codes = codes.view(x.shape)
+    if serves(codes, packed, max(act_groups, weight_scale.shape[1])):
+        int4_grouped_gemv(codes, packed, scale, None, *layer)
+    else:
+        int4_grouped_linear(codes, packed, scale, None, *layer)
+    return y
