@@ -36,11 +36,20 @@ def tables_of(*args, **options) -> dict[str, datasets.Dataset]:
             if splits[side]:
                 passed[splits[side]].append(text)
     assert passed == {split: list(table["text"]) for split, table in corpus.tables.items()}
+    assert corpus.num_documents() == sum(map(len, passed.values()))
     return corpus.tables
 
 
 def jsonl(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def test_the_number_of_documents_is_known_once_a_table_is_there(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "two", "three"]))
+    corpus = corpus_of([str(tmp_path / "a.jsonl")], tmp_path)
+    assert corpus.num_documents() is None
+    assert corpus.tables
+    assert corpus.num_documents() == 3
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -240,7 +240,7 @@ class Corpus:
         Files are unpacked while the texts are asked for, so that whoever asks can work meanwhile. Tables are taken
         where they are there, or have to be: how much of a source a mixture takes shows when another one ends.
         """
-        if self.weights or self.streaming or "tables" in vars(self):
+        if self._has_tables():
             for split, table in self.tables.items():
                 yield from texts_of(table, (split,), ", ".join(source.name for source in self.sources))
             return
@@ -257,6 +257,13 @@ class Corpus:
         if self.valid_source:
             for split, documents in self._open_valid(self.valid_source).items():
                 yield from texts_of(documents, (split,), self.valid_source.name)
+
+    def num_documents(self) -> int | None:
+        """How many ``batches`` will give; None where only reading the files tells."""
+        return sum(map(len, self.tables.values())) if self._has_tables() else None
+
+    def _has_tables(self) -> bool:
+        return bool(self.weights) or self.streaming or "tables" in vars(self)
 
     def _open(self, source: Source, streaming: bool) -> dict[Split, Any]:
         """A source's parts, no more than their first documents if that is all that is wanted."""

@@ -219,13 +219,16 @@ def pack(
     vocab_size: int,
     folder: Path,
     num_cores: int | None = None,
+    num_documents: int | None = None,
 ) -> dict[Split, SplitWriter]:
     """Writes the blocks of every split to ``folder``, a file each; the finished writers tell what they counted.
 
-    ``num_cores`` is how many processes encode; None means one on every core that this process may use.
+    Args:
+        num_cores: How many processes encode; None means one on every core that this process may use.
+        num_documents: How many come, if that is known: the progress bar then shows the time left.
     """
     writers = {s: SplitWriter(folder / f"{s}.arrow", context + 1, vocab_size, encoder.dtype) for s in SPLITS}
-    with tqdm(desc="tokenizing", unit=" documents") as progress:
+    with tqdm(desc="tokenizing", unit=" documents", total=num_documents) as progress:
         for piece in tokenize(batches, encoder, valid_share, num_cores or len(os.sched_getaffinity(0))):
             writers[piece.split].add(piece)
             progress.update(piece.num_documents)
