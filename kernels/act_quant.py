@@ -140,8 +140,8 @@ def _groups_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    group, c = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C)
-    offsets, inside = group.to(tl.int64)[:, None] * C + c[None, :], (group < num_groups)[:, None] & (c < C)[None, :]
+    group, c = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C)
+    offsets, inside = group[:, None] * C + c[None, :], (group < num_groups)[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     scale, zero_point = grid_of_interval(tl.min(x, 1), tl.max(x, 1), Q_MIN, Q_MAX, INTEGER=True)
     codes = to_grid(x, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX) - zero_point[:, None]  # 0 for the padding

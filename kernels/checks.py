@@ -56,6 +56,7 @@ def check_weight(
         f"weight_scale has shape {list(weight_scale.shape)}: pass [{num_outputs}, G]",
     )
     check(weight_scale.dtype == torch.float32, f"weight_scale is {weight_scale.dtype}: keep it float32")
+    check(min(weight_groups, act_groups, num_columns) > 0, "no groups, or no input columns")
     num_groups = math.lcm(weight_groups, act_groups)
     check(
         num_groups in (weight_groups, act_groups) and num_columns % num_groups == 0,
@@ -72,6 +73,7 @@ def check_weight(
     tensors: tuple[Tensor | None, ...] = (packed, weight_scale, bias, residual)
     for tensor in tensors:
         check(tensor is None or tensor.device == x.device, f"activations are on {x.device}, another input is not")
+        check(tensor is None or tensor is residual or tensor.is_contiguous(), "the layer's tensors must be contiguous")
 
 
 def check_linear(
@@ -98,6 +100,7 @@ def check_linear(
     check(out_dtype in FLOAT_DTYPES, f"out_dtype {out_dtype}: choose float32, bfloat16 or float16")
     for tensor in (act_scale, act_zero_point, weight_sums):
         check(tensor.device == x.device, f"activations are on {x.device}, another input is not")
+        check(tensor.is_contiguous(), "the layer's tensors must be contiguous")
 
 
 def check_token_grouped_linear(

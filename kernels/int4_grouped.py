@@ -14,20 +14,21 @@ little as possible is left in the loop:
   is one. E4M3 holds every integer up to 16, so a − z of 4 bits is exact in it; and a byte `0000uuuu` read as E4M3 *is*
   u · 2^-9 for all u from 0 to 15 (subnormal below 8, with the exponent's lowest bit from 8 on). So u = w + 8 costs the
   two operations on four bytes that 16-fold int8 costs, and what it adds is 8 · Σ_k x̂_mk, one number a token, from the
-  quantizer. Hopper adds float8 products with 14 significant bits; 64 columns need no more (64 · 15 · 15 < 2^14).
-  For many tokens on sm_90, 4-bit activations, weights with one scale a channel.
+  quantizer. Hopper adds float8 products with 14 significant bits (SageAttention2, arXiv 2411.10958: 13 and the leading
+  one; DeepSeek-V3, arXiv 2412.19437, section 3.5.2), and 64 columns need no more: 64 · 15 · 15 < 2^14.
+  For more than 64 tokens on sm_90, 4-bit activations, weights with one scale a channel. What is taken off again costs
+  bits of the float32 sum: some 2e-5 of the largest output, nothing in bfloat16.
 
 The two halves of a packed row are two dots as in :mod:`.int4_linear`, which also says why the tile is y^T. So that a
 step of the loop lies in one group of either half, a half holds whole groups: P is a multiple of the group.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.act_quant import quantize_groups
-from lit_actreg_kernels.int4_grouped_gemv import int4_grouped_gemv, serves
+from lit_actreg_kernels.int4_grouped_gemv import int4_grouped_gemv
+from lit_actreg_kernels.int4_grouped_gemv import serves as gemv_serves
 from lit_actreg_kernels.int4_tile import (
     INTERPRETED,
     Tile,
@@ -76,10 +77,10 @@ def _scale_of(
     """s_x · s_w of the groups that ``column`` is in, float32; [1, BLOCK_M], [BLOCK_N, 1] or [BLOCK_N, BLOCK_M]."""
     column = tl.minimum(column, K - 1)  # a half may end in a group that the row does not have: its sum is zero
     if ACT_GROUP:
-        act = act_scale_ptr + m * (K // ACT_GROUP) + column // ACT_GROUP
+        act = act_scale_ptr + m.to(tl.int64) * (K // ACT_GROUP) + column // ACT_GROUP
         scale = tl.load(act, mask=m < M, other=0.0)[None, :]
     if WEIGHT_GROUP:
-        weight = weight_scale_ptr + n * (K // WEIGHT_GROUP) + column // WEIGHT_GROUP
+        weight = weight_scale_ptr + n.to(tl.int64) * (K // WEIGHT_GROUP) + column // WEIGHT_GROUP
         weight_scale = tl.load(weight, mask=n < N, other=0.0)[:, None]
         scale = scale * weight_scale if ACT_GROUP else weight_scale
     return scale
@@ -91,7 +92,8 @@ def grouped_kernel(
     packed_ptr,
     y_ptr,
     act_scale_ptr,
-    offset_ptr,
+    act_zero_point_ptr,
+    x_sums_ptr,
     weight_scale_ptr,
     weight_sums_ptr,
     bias_ptr,
@@ -128,9 +130,10 @@ def grouped_kernel(
     y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     sums = tl.zeros((BLOCK_N,), tl.float32)
     low_acc, high_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32), tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    groups = tl.cdiv(P // GROUP, SPLIT_K)
+    low_groups = min(P, K) // GROUP  # as many as there are in a half, or in a row that fits into one
+    groups = tl.cdiv(low_groups, SPLIT_K)
     start = tl.program_id(1) * groups
-    for step in range(start * steps, min(start + groups, P // GROUP) * steps):
+    for step in range(start * steps, min(start + groups, low_groups) * steps):
         first = step // steps * GROUP
         within = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
         k = first + within
@@ -156,21 +159,21 @@ def grouped_kernel(
                 y += low_acc.to(tl.float32) * low_scale + high_acc.to(tl.float32) * high_scale
                 low_acc, high_acc = tl.zeros_like(low_acc), tl.zeros_like(high_acc)
         if not ACT_GROUP:
-            low_sums = weight_sums_ptr + n * (K // GROUP) + first // GROUP
+            low_sums = weight_sums_ptr + n.to(tl.int64) * (K // GROUP) + first // GROUP
             part = tl.sum(low_scale, 1) * tl.load(low_sums, mask=n < N, other=0)
             if first + P < K:
                 part += tl.sum(high_scale, 1) * tl.load(low_sums + P // GROUP, mask=n < N, other=0)
             sums += tl.where(step % steps == 0, part, 0.0)
     y *= 512.0 if FLOAT8 else 0.0625
     if not ACT_GROUP:
-        y -= tl.load(offset_ptr + m * PER_TOKEN, mask=m < M, other=0.0)[None, :] * sums[:, None]
+        y -= tl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)[None, :] * sums[:, None]
 
     last = True
     if SPLIT_K > 1:
         y, last = sum_splits(y, partial_ptr, ticket_ptr, m, n, M, N, SPLIT_K)
     if last:
         if FLOAT8:
-            y -= 8.0 * tl.load(offset_ptr + m, mask=m < M, other=0.0)[None, :]
+            y -= 8.0 * tl.load(x_sums_ptr + m, mask=m < M, other=0.0)[None, :]
         if not WEIGHT_GROUP:
             y *= tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)[:, None]
         if not ACT_GROUP:
@@ -191,34 +194,37 @@ def choose_grouped_tile(num_tokens: int, num_outputs: int, num_groups: int, grou
 
 def float8_serves(x: Tensor, act_bits: int, weight_groups: int) -> bool:
     """Whether many tokens x take the float8 product (it was checked to be exact on sm_90 alone)."""
-    serves = act_bits <= 4 and weight_groups == 1
-    return serves and not INTERPRETED and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+    fits = act_bits <= 4 and weight_groups == 1
+    return fits and not INTERPRETED and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 def int4_grouped_linear(
     codes: Tensor,
     packed: Tensor,
     act_scale: Tensor,
-    offset: Tensor | None,
+    act_zero_point: Tensor | None,
     weight_scale: Tensor,
     weight_sums: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
     tile: Tile | None = None,
+    x_sums: Tensor | None = None,
 ) -> None:
     """Writes y [M, N] of codes [M, K].
 
     Args:
         act_scale: By groups of a token, [M, H]; else [1] or [M, 1], and the weights have groups.
-        offset: Without groups of a token, the zero point [1] or [M, 1]. With them, Σ_k x̂ of every token [M] where codes
-            are float8, or None.
+        act_zero_point: [1] or [M, 1]; None with groups of a token, whose codes are less theirs.
+        x_sums: Σ_k x̂ of every token [M], where codes are float8.
     """
     (num_tokens, num_columns), (num_outputs, num_bytes) = codes.shape, packed.shape
     act_groups, weight_groups = act_scale.shape[-1], weight_scale.shape[1]
     num_groups = max(act_groups, weight_groups)
     group_size = num_columns // num_groups
     tile = tile or choose_grouped_tile(num_tokens, num_outputs, num_groups, group_size)
+    float8 = codes.dtype == torch.float8_e4m3fn
+    assert not float8 or tile.block_k <= 64, "more columns at once need more than 14 bits"
     num_tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
     partial, tickets = None, None
     if tile.split_k > 1:
@@ -230,7 +236,8 @@ def int4_grouped_linear(
         packed,
         y,
         act_scale,
-        offset,
+        act_zero_point,
+        x_sums,
         weight_scale,
         weight_sums,
         bias,
@@ -245,7 +252,7 @@ def int4_grouped_linear(
         ACT_GROUP=num_columns // act_groups if act_groups > 1 else 0,
         WEIGHT_GROUP=num_columns // weight_groups if weight_groups > 1 else 0,
         PER_TOKEN=act_scale.numel() > 1,
-        FLOAT8=codes.dtype == torch.float8_e4m3fn,
+        FLOAT8=float8,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         EVEN_K=num_columns == 2 * num_bytes and group_size % tile.block_k == 0,
@@ -273,15 +280,15 @@ def token_grouped_int4_linear(
     y = x.new_empty((x.shape[0], packed.shape[0]))
     if not y.numel():
         return y
-    layer: tuple[Any, ...] = (weight_scale, None, bias, residual, y)
+    layer = (weight_scale, None, bias, residual, y)
     x_MGC = x.view(x.shape[0], act_groups, -1)
     if x.shape[0] > 64 and float8_serves(x, act_bits, weight_scale.shape[1]):
         codes, scale, sums = quantize_groups(x_MGC, act_bits, torch.float8_e4m3fn)
-        int4_grouped_linear(codes.view(x.shape), packed, scale, sums.sum(-1), *layer)
+        int4_grouped_linear(codes.view(x.shape), packed, scale, None, *layer, None, sums.sum(-1))
         return y
     codes, scale, _ = quantize_groups(x_MGC, act_bits)
     codes = codes.view(x.shape)
-    if serves(codes, packed, max(act_groups, weight_scale.shape[1])):
+    if gemv_serves(codes, packed, max(act_groups, weight_scale.shape[1])):
         int4_grouped_gemv(codes, packed, scale, None, *layer)
     else:
         int4_grouped_linear(codes, packed, scale, None, *layer)

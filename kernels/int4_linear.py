@@ -16,7 +16,7 @@ order. Many tokens:
 :mod:`.int4_hopper` where it serves and its large tiles fill the GPU; else 128 × 128 tiles, two programs a
 multiprocessor so that one unpacks while the other multiplies, ordered so that neighbours share weights in L2.
 
-**Groups** of columns, of weights or of activations, are :mod:`.int4_grouped`'s.
+**Groups** of columns, of weights or of activations, are :mod:`.int4_grouped`'s; P is a multiple of theirs.
 
 Contiguous tensors: codes int8 [M, K]; packed uint8 [N, P] with 2P ≥ K and zero codes from
 K on; the rest as in :mod:`.reference`. Any M, N, K < 131,072. sm_80 or later.

@@ -1,4 +1,4 @@
-"""What the tensor-core kernels of the W4A4 linear share: 4-bit codes to int8 operands, and the epilogue of a tile.
+"""What the tensor-core kernels of the W4A4 linear share: tiles, 4-bit codes to int8 operands, split sums, the epilogue.
 
 Byte j of a weight row holds w_j in its low nibble and w_{j+P} in its high one, P bytes a row (:func:`.grid.pack_int4`).
 Read as int8, `byte & 0xF0` is 16 w_{j+P}, sign and all, and `(byte << 4) & 0xF0` is 16 w_j: one and two operations on
@@ -45,7 +45,7 @@ def tickets_of(device: torch.device) -> Tensor:
     One array a GPU: such products must not run at the same time on two streams of it.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the first product with few tokens is being captured in a CUDA graph: run it once before")
+        raise RuntimeError("the first product with K split is being captured in a CUDA graph: run it once before")
     return torch.zeros(16384, dtype=torch.int32, device=device)
 
 

@@ -64,7 +64,9 @@ class Int4Linear(nn.Module):
                 f"{self.in_features} input columns: the kernels need fewer than {checks.MAX_COLUMNS}, "
                 f"divisible by {weight_scale.shape[1]} groups"
             )
-        if act_groups > 1 and (act_scale is not None or act_bits > 7 or self.in_features % act_groups):
+        if act_groups != 1 and (
+            act_groups < 1 or act_scale is not None or act_bits > 7 or self.in_features % act_groups
+        ):
             raise ValueError(
                 f"{act_groups} groups of {act_bits}-bit activations: they must divide K, and their grids be dynamic, "
                 "of up to 7 bits"
@@ -156,7 +158,8 @@ class Int4Linear(nn.Module):
         return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
 
     def extra_repr(self) -> str:
-        grid = "per token" if self.act_scale is None else "static"
+        grid = "static" if self.act_scale is not None else "per token"
+        grid += f", {self.act_groups} groups" if self.act_groups > 1 else ""
         return (
             f"in={self.in_features}, out={self.out_features}, W{self.weight_bits}A{self.act_bits}, {grid}, "
             f"groups={self.weight_scale.shape[1]}, bias={self.bias is not None}"

@@ -93,7 +93,7 @@ def int4_linear(
 ) -> Tensor:
     """The linear layer of the module's formula: codes int8 [M, K], packed uint8 [N, P] (P ≥ K / 2) → [M, N]."""
     num_columns, num_groups = codes.shape[-1], max(act_scale.shape[-1], weight_scale.shape[-1])
-    act_groups, weight_groups = (num_groups // scale.shape[-1] for scale in (act_scale, weight_scale))
+    per_act_scale, per_weight_scale = (num_groups // scale.shape[-1] for scale in (act_scale, weight_scale))
     weight_codes = grid.unpack_int4(packed, num_columns)
     y = torch.zeros(codes.shape[0], packed.shape[0], device=codes.device)
     group_size = num_columns // num_groups
@@ -101,8 +101,8 @@ def int4_linear(
         columns = slice(g * group_size, (g + 1) * group_size)
         part = integer_matmul(codes[:, columns], weight_codes[:, columns]).float()
         if act_zero_point is not None and weight_sums is not None:
-            part -= act_zero_point * weight_sums[:, g // weight_groups]
-        y += act_scale[..., g // act_groups, None] * (weight_scale[:, g // weight_groups] * part)
+            part -= act_zero_point * weight_sums[:, g // per_weight_scale]
+        y += act_scale[..., g // per_act_scale, None] * (weight_scale[:, g // per_weight_scale] * part)
     if bias is not None:
         y = y + bias.float()
     if residual is not None:

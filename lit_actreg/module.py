@@ -107,6 +107,12 @@ class LitLanguageModel(LightningModule):
 
     # Steps
 
+    @property
+    def logs_now(self) -> bool:
+        """Whether loggers take what this optimizer step logs: a call of ``log`` costs the host up to a millisecond."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1) % every == 0
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         hidden, statistics = self.model(batch[:, :-1])
         cross_entropy = self.cross_entropy(self.model.head, hidden, batch[:, 1:])
@@ -115,9 +121,10 @@ class LitLanguageModel(LightningModule):
             values = statistics[:, column : (column := column + len(term.sites))]  # [blocks, sites]
             penalty = term.coefficient(self.global_step) * values.sum()
             loss = loss + penalty
-            self.log(f"{name}/penalty", penalty.detach())
-            for site, value in zip(term.sites, values.detach().mean(0), strict=True):
-                self.log(f"{name}/{site}", value)
+            if self.logs_now:
+                self.log(f"{name}/penalty", penalty.detach())
+                for site, value in zip(term.sites, values.detach().mean(0), strict=True):
+                    self.log(f"{name}/{site}", value)
         self.log("train/loss", cross_entropy.detach(), prog_bar=True)
         return loss
 
@@ -208,4 +215,5 @@ class LitLanguageModel(LightningModule):
                     scaler.unscale_(optimizer)
             weights = [p for group in optimizer.param_groups if group["name"] != "clips" for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(weights, gradient_clip_val)
-            self.log("train/gradient_norm", whole(norm))
+            if self.logs_now:
+                self.log("train/gradient_norm", whole(norm))

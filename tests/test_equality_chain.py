@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lit_actreg_kernels import act_quant, grid, int4_linear, reference
+from lit_actreg_kernels import act_quant, grid, int4_grouped, int4_linear, reference
 from lit_actreg_kernels.module import Int4Linear
 from lit_actreg_plugins.gptq import GPTQ
 from lit_actreg_plugins.rtn import RTN
@@ -169,11 +169,15 @@ def test_kernels_give_the_same_codes_and_accumulators(name, artifacts):
         x = layer_input(linear, index, site).flatten(0, 1)
         codes, scale, zero_point = linear.quantize_input(x)
         if linear.activations == "token":
+            groups = x.unflatten(-1, (linear.activation_groups, -1))
             for module in (reference, act_quant):
-                groups = x.unflatten(-1, (linear.activation_groups, -1))
-                found = module.quantize_activation_per_token(groups, linear.activation_bits)
-                expected = (codes, scale, zero_point.float())
-                assert all(torch.equal(a.flatten(1), b) for a, b in zip(found, expected, strict=True))
+                if linear.activation_groups > 1:
+                    centered, found, _ = module.quantize_groups(groups, linear.activation_bits)
+                    assert torch.equal(centered, codes.view_as(groups) - zero_point[..., None])
+                    assert torch.equal(found, scale)
+                    continue
+                found = module.quantize_activation_per_token(x, linear.activation_bits)
+                assert all(torch.equal(a, b) for a, b in zip(found, (codes, scale, zero_point.float()), strict=True))
         else:
             for module in (reference, act_quant):
                 found = module.quantize_activation(x, scale, zero_point.float(), linear.activation_bits)
@@ -184,7 +188,13 @@ def test_kernels_give_the_same_codes_and_accumulators(name, artifacts):
         assert torch.equal(reference.integer_matmul(codes, linear.codes).long(), exact)
         # Unit scales and no zero point leave the bare sum of the groups' integers, exact in float32 below 2^24.
         ones = torch.ones_like(layer.weight_scale)
-        assert torch.equal(run_triton(layer, codes, torch.ones(1), torch.zeros(1), ones).long(), exact)
+        if linear.activation_groups > 1:
+            y = torch.empty(len(codes), layer.out_features)
+            rest = (None, ones, None, None, None, y)
+            int4_grouped.int4_grouped_linear(codes, layer.packed, torch.ones_like(scale), *rest)
+        else:
+            y = run_triton(layer, codes, torch.ones(1), torch.zeros(1), ones)
+        assert torch.equal(y.long(), exact)
 
 
 @pytest.mark.parametrize("name", served_by_kernels())

@@ -29,6 +29,5 @@ def test_one_token_with_groups(n, k, padding, act_groups, weight_groups, dtype):
         tile = GemvTile(block_n, 4)
         y = torch.empty(1, n, dtype=dtype, device=DEVICE)
         on_device = {name: None if value is None else value.to(DEVICE) for name, value in tensors.items()}
-        offset = on_device.pop("offset")
-        int4_grouped_gemv.int4_grouped_gemv(**on_device, act_zero_point=offset, y=y, tile=tile)
+        int4_grouped_gemv.int4_grouped_gemv(**on_device, y=y, tile=tile)
         assert ((y.cpu().double() - wide).abs() <= tolerance).all()

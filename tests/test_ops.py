@@ -130,6 +130,7 @@ def test_large_sums_are_exact_in_the_reference():
         ({"weight_scale": torch.ones(4)}, r"pass \[4, G\]"),
         ({"weight_scale": torch.ones(4, 3)}, "divisible by 3 groups"),
         ({"act_groups": 3}, "must divide K"),
+        ({"act_groups": 0}, "must divide K"),
         ({"act_groups": 2, "act_bits": 8}, "up to 7 bits"),
         ({"act_groups": 2, "act_scale": torch.ones(1), "act_zero_point": torch.ones(1)}, "their grids be dynamic"),
     ],
@@ -152,6 +153,7 @@ def test_module_refuses(change, message):
         (7, torch.ones(6, 4, device=DEVICE), "residual must have"),
         (8, torch.float64, "out_dtype"),
         (4, torch.ones(6, 5, device=DEVICE), "5 groups of weights"),
+        (4, torch.ones(6, 1, device=DEVICE).expand(6, 2), "contiguous"),
     ],
 )
 def test_int4_linear_refuses(index, value, message):

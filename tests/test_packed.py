@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -109,6 +110,48 @@ def test_a_worker_that_ends_or_fails_ends_the_packing(monkeypatch, encoder, tmp_
     documents = datasets.Dataset.from_dict({"text": [*TEXTS[:300], text, *TEXTS[:300]]})
     with pytest.raises(error):
         write(documents, Mortal(encoder.tokenizer, 0, encoder.dtype), tmp_path, 2)
+
+
+class Slow(Encoder):
+    """Says which process it runs in, and takes its time."""
+
+    def __call__(self, texts):
+        (Path(texts[0]) / str(os.getpid())).touch()
+        time.sleep(1)
+        return super().__call__(texts)
+
+
+def pack_slowly(encoder, folder):
+    batches = ((("train",), [str(folder)]) for _ in range(1000))
+    pack(batches, Slow(encoder.tokenizer, 0, encoder.dtype), 0.1, 15, 300, folder, 2)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition) -> bool:
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_workers_end_with_a_killed_parent(monkeypatch, encoder, tmp_path):
+    monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 1)
+    parent = multiprocessing.get_context("fork").Process(target=pack_slowly, args=(encoder, tmp_path))
+    parent.start()
+
+    def workers() -> list[int]:
+        return [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+
+    assert wait_until(lambda: len(workers()) == 2)
+    parent.kill()
+    parent.join()
+    assert wait_until(lambda: not any(is_running(worker) for worker in workers()))
 
 
 def test_a_file_that_breaks_off_ends_the_packing(monkeypatch, encoder, tmp_path):

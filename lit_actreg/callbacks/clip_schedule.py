@@ -65,8 +65,9 @@ class ClipSchedule(Callback):
         self.calibrate_steps = set(by_default if calibrate_steps is None else calibrate_steps)
         self.from_checkpoint = from_checkpoint
         self.method, self.constant, self.tail = method, constant, tail
-        self._before_step: Tensor | None = None
+        self._before_step: tuple[list[Tensor], Tensor] | None = None  # the clips, and their values before the step
         self._calibrated_step = -1
+        self._bits: int | None = None  # what the quantizers were last told
 
     def state_dict(self) -> dict[str, Any]:
         return {"calibrated_step": self._calibrated_step}
@@ -97,6 +98,7 @@ class ClipSchedule(Callback):
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitLanguageModel)
+        self._bits = None
         if self.from_checkpoint is None or trainer.global_step > 0:
             return
         checkpoint, path = load_lightning_checkpoint(self.from_checkpoint), self.from_checkpoint
@@ -117,10 +119,12 @@ class ClipSchedule(Callback):
         assert isinstance(pl_module, LitLanguageModel)
         step = trainer.global_step
         bits = self.bits_at(step, pl_module.quant.activation_bits)
-        for quantizer in pl_module.modules():
-            if isinstance(quantizer, InputQuantizer):  # also those without clips
-                quantizer.enabled = bits != 16
-                quantizer.bits = bits if bits != 16 else quantizer.bits
+        if bits != self._bits:
+            self._bits = bits
+            for quantizer in pl_module.modules():
+                if isinstance(quantizer, InputQuantizer):  # also those without clips
+                    quantizer.enabled = bits != 16
+                    quantizer.bits = bits if bits != 16 else quantizer.bits
         if step in self.calibrate_steps and step != self._calibrated_step:
             self.calibrate(trainer, pl_module, batch[:, :-1])
             self._calibrated_step = step
@@ -159,7 +163,8 @@ class ClipSchedule(Callback):
             if group["name"] == "clips":
                 group["lr"] = self.lr_at(trainer.global_step, pl_module)
                 group["betas"] = (self.momentum, group["betas"][1])
-                self._before_step = torch.cat(self._clips(pl_module))
+                clips = self._clips(pl_module)
+                self._before_step = (clips, torch.cat(clips))
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -167,7 +172,7 @@ class ClipSchedule(Callback):
         if self._before_step is None:  # no optimizer step, or no clips
             return
         if self.unit == "relative":
-            self._scale_step(pl_module, self._before_step)
+            self._scale_step(*self._before_step)
         self._before_step = None
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(trainer, pl_module)
@@ -190,12 +195,12 @@ class ClipSchedule(Callback):
         quantizers = [quantizer for _, quantizer in self._quantizers(module)]
         return [local(clip.detach()) for clip in (*(q.low for q in quantizers), *(q.high for q in quantizers))]
 
-    def _scale_step(self, module: LitLanguageModel, before: Tensor) -> None:
+    @staticmethod
+    def _scale_step(clips: list[Tensor], before: Tensor) -> None:
         """Turns the step just made, in absolute units, into one in units of half the clip interval.
 
         In few launches whatever the number of clips: this runs at every step.
         """
-        clips = self._clips(module)
         low, high = before.chunk(2)
         scaled = before + ((high - low) / 2).repeat(2) * (torch.cat(clips) - before)
         torch._foreach_copy_(clips, scaled.split([clip.numel() for clip in clips]))

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -134,6 +135,15 @@ def _start_worker(function: Callable[[Batch], list[Piece]]) -> None:
     global _encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker's own threads would only fight the other workers
     _encode = function
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent closes no pool: its workers would wait for ever, and a lock's open file with them."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(batch: Batch) -> list[Piece]:

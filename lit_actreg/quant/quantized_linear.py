@@ -22,9 +22,9 @@ def int4_obstacle(
     weight_bits: int,
     symmetric: bool,
     activations: str,
-    activation_bits: int = 4,
-    weight_groups: int = 1,
-    activation_groups: int = 1,
+    activation_bits: int,
+    weight_groups: int,
+    activation_groups: int,
 ) -> str | None:
     """Why the integer kernels cannot serve such a layer; None if they can."""
     if activations == "none":
@@ -32,7 +32,7 @@ def int4_obstacle(
     if max(weight_groups, activation_groups) % min(weight_groups, activation_groups):
         return f"their weights have {weight_groups} groups a row, their inputs {activation_groups}: no whole multiple"
     if activation_groups > 1 and activation_bits > 7:
-        return f"their inputs have groups of {activation_bits} bits, the kernels take 7"
+        return f"their inputs have groups of {activation_bits} bits, the kernels take up to 7"
     if weight_bits > 4:
         return f"their weights have {weight_bits} bits, the kernels hold 4"
     return None if symmetric else "their weights are asymmetric"
