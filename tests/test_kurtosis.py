@@ -91,3 +91,12 @@ def test_warm_up_continues_at_the_global_step_after_a_resume(corpus, tmp_path):
     resumed = fit(6, tmp_path / "x.ckpt").logger.of("kurtosis/penalty")
     assert list(resumed) == [3, 4, 5]
     assert resumed == {step: whole[step] for step in resumed}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_everything_is_logged_at_the_steps_that_loggers_take(corpus, accumulate):
+    options = {"log_every_n_steps": 2, "accumulate_grad_batches": accumulate}
+    engine = trainer([KurtosisRegularization(0.01)], steps=5, **options)
+    engine.fit(lit_module(PLAIN), datamodule=datamodule(corpus))
+    names = ["train/loss", "train/gradient_norm", "kurtosis/penalty", *(f"kurtosis/{site}" for site in SITES)]
+    assert [list(engine.logger.of(name)) for name in names] == [[1, 3]] * len(names)
