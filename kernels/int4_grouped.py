@@ -17,7 +17,7 @@ little as possible is left in the loop:
   quantizer. Hopper adds float8 products with 14 significant bits (SageAttention2, arXiv 2411.10958: 13 and the leading
   one; DeepSeek-V3, arXiv 2412.19437, section 3.5.2), and 64 columns need no more: 64 · 15 · 15 < 2^14.
   For more than 64 tokens on sm_90, 4-bit activations, weights with one scale a channel. What is taken off again costs
-  bits of the float32 sum: some 2e-5 of the largest output, nothing in bfloat16.
+  bits of the float32 sum.
 
 The two halves of a packed row are two dots as in :mod:`.int4_linear`, which also says why the tile is y^T. So that a
 step of the loop lies in one group of either half, a half holds whole groups: P is a multiple of the group.
