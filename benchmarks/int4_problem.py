@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from harness import Candidate
 from int8_gemm import int8_linear
-from lit_actreg_kernels import act_quant, grid, int4_linear, ops, reference
+from lit_actreg_kernels import act_quant, dequantize, grid, int4_linear, ops, reference
 from lit_actreg_kernels.int4_gemv import GemvTile
 from lit_actreg_kernels.int4_linear import Tile
 from torch import Tensor
@@ -124,7 +124,10 @@ def from_float_in_groups(problem: Problem) -> Tensor:
 
 def grouped_reference(problem: Problem) -> Tensor:
     """Of the kernel's own codes: PyTorch on a GPU divides by a number as a product, which moves values at ties."""
-    codes, scale, _ = act_quant.quantize_groups(problem.x.unflatten(1, (-1, GROUP)), 4)
+    codes, scale = act_quant.quantize_groups(problem.x.unflatten(1, (-1, GROUP)), 4)
+    if dequantize.serves(len(codes), problem.x.dtype):
+        x_hat = (codes * scale[..., None]).flatten(1).bfloat16()
+        return functional.linear(x_hat, (problem.weight_codes * problem.weight_scale).bfloat16())
     rest = (problem.weight_scale, None, None, None, torch.bfloat16)
     return reference.int4_linear(codes.flatten(1), problem.packed, scale, None, *rest)
 

@@ -132,11 +132,11 @@ def _groups_kernel(
     x_ptr,
     q_ptr,
     scale_ptr,
-    sum_ptr,
     num_groups,
     C,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
+    DEQUANTIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -144,10 +144,12 @@ def _groups_kernel(
     offsets, inside = group[:, None] * C + c[None, :], (group < num_groups)[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     scale, zero_point = grid_of_interval(tl.min(x, 1), tl.max(x, 1), Q_MIN, Q_MAX, INTEGER=True)
-    codes = to_grid(x, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX) - zero_point[:, None]  # 0 for the padding
+    codes = to_grid(x, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX) - zero_point[:, None]
+    if DEQUANTIZE:
+        codes *= scale[:, None]
+    else:
+        tl.store(scale_ptr + group, scale, mask=group < num_groups)
     tl.store(q_ptr + offsets, codes.to(q_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + group, scale, mask=group < num_groups)
-    tl.store(sum_ptr + group, scale * tl.sum(codes, 1), mask=group < num_groups)
 
 
 def num_warps_for(block: int) -> int:
@@ -189,21 +191,32 @@ def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor,
     return codes, scale, zero_point
 
 
-def quantize_groups(x: Tensor, bits: int, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes less their zero point [M, G, C] of contiguous x, each group on its own min-max grid; scale and Σ x̂ [M, G].
+def quantize_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes int8 less their zero point [M, G, C] of contiguous x, each group on its own min-max grid; scale [M, G].
 
-    Args:
-        dtype: Of the codes: int8 for up to 7 bits, float8_e4m3fn (which holds integers up to 16) for up to 4.
+    Up to 7 bits fit.
     """
+    codes = torch.empty_like(x, dtype=torch.int8)
+    scale = x.new_empty(x.shape[:2], dtype=torch.float32)
+    _launch_groups(x, codes, scale, bits)
+    return codes, scale
+
+
+def fake_quantize_groups(x: Tensor, bits: int) -> Tensor:
+    """x̂ of the same grids in the dtype of x, [M, G, C]."""
+    x_hat = torch.empty_like(x)
+    _launch_groups(x, x_hat, None, bits)
+    return x_hat
+
+
+def _launch_groups(x: Tensor, out: Tensor, scale: Tensor | None, bits: int) -> None:
     (num_tokens, num_groups, num_columns), (q_min, q_max) = x.shape, code_range(bits)
-    codes = torch.empty_like(x, dtype=dtype)
-    scale = x.new_empty((num_tokens, num_groups), dtype=torch.float32)
-    sums = torch.empty_like(scale)
-    if x.numel():
-        block = triton.next_power_of_2(num_columns)
-        groups = max(1, _BLOCK // block)
-        sizes = (scale.numel(), num_columns, q_min, q_max)
-        programs = (triton.cdiv(scale.numel(), groups),)
-        warps = num_warps_for(groups * block)
-        _groups_kernel[programs](x, codes, scale, sums, *sizes, BLOCK_G=groups, BLOCK_C=block, num_warps=warps)
-    return codes, scale, sums
+    if not x.numel():
+        return
+    block = triton.next_power_of_2(num_columns)
+    # of few tokens, few groups a program: as many programs as an H100 has multiprocessors, twice
+    groups = max(1, min(_BLOCK // block, triton.next_power_of_2(max(1, num_tokens * num_groups // 256))))
+    sizes = (num_tokens * num_groups, num_columns, q_min, q_max, scale is None)
+    programs = (triton.cdiv(num_tokens * num_groups, groups),)
+    warps = num_warps_for(groups * block)
+    _groups_kernel[programs](x, out, scale, *sizes, BLOCK_G=groups, BLOCK_C=block, num_warps=warps)

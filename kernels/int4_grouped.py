@@ -10,14 +10,10 @@ little as possible is left in the loop:
 - With groups of the *weights* alone the activation's grid is one a token or a static one, and Σ_g s_w,ng Σ_k w_nk, what
   its zero point multiplies, is a vector beside the sum.
 - A scale that is one a row, of either side, waits for the end.
-- **float8.** An int32 sum has to be made a float, which costs as much as scaling it twice; a product of float8 numbers
-  is one. E4M3 holds every integer up to 16, so a − z of 4 bits is exact in it; and a byte `0000uuuu` read as E4M3 *is*
-  u · 2^-9 for all u from 0 to 15 (subnormal below 8, with the exponent's lowest bit from 8 on). So u = w + 8 costs the
-  two operations on four bytes that 16-fold int8 costs, and what it adds is 8 · Σ_k x̂_mk, one number a token, from the
-  quantizer. Hopper adds float8 products with 14 significant bits (SageAttention2, arXiv 2411.10958: 13 and the leading
-  one; DeepSeek-V3, arXiv 2412.19437, section 3.5.2), and 64 columns need no more: 64 · 15 · 15 < 2^14.
-  For more than 64 tokens on sm_90, 4-bit activations, weights with one scale a channel. What is taken off again costs
-  bits of the float32 sum.
+
+Still it is 0.4 to 0.5 times the speed of a bfloat16 product with 64 columns a group. From MANY_TOKENS on, and for 16
+bits out, :mod:`.dequantize` therefore makes both sides 16-bit numbers and multiplies those; what is here is for the
+tokens between one (:mod:`.int4_grouped_gemv`) and so many, and for float32.
 
 The two halves of a packed row are two dots as in :mod:`.int4_linear`, which also says why the tile is y^T. So that a
 step of the loop lies in one group of either half, a half holds whole groups: P is a multiple of the group.
@@ -26,7 +22,8 @@ step of the loop lies in one group of either half, a half holds whole groups: P 
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.act_quant import quantize_groups
+from lit_actreg_kernels import dequantize
+from lit_actreg_kernels.act_quant import fake_quantize_groups, quantize_groups
 from lit_actreg_kernels.int4_grouped_gemv import int4_grouped_gemv
 from lit_actreg_kernels.int4_grouped_gemv import serves as gemv_serves
 from lit_actreg_kernels.int4_tile import (
@@ -41,24 +38,6 @@ from lit_actreg_kernels.int4_tile import (
     times_16_low,
 )
 from torch import Tensor
-
-
-@triton.jit
-def offset_float8(packed, HIGH: tl.constexpr, ASM: tl.constexpr):
-    """(w + 8) · 2^-9 of every byte's low or high nibble w, float8 E4M3."""
-    if ASM:
-        shift: tl.constexpr = "shr.b32 t, $1, 4;" if HIGH else "mov.b32 t, $1;"
-        u = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; " + shift + " and.b32 t, t, 0x0F0F0F0F; xor.b32 $0, t, 0x08080808; }",
-            "=r,r",
-            [packed],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        u = ((packed >> 4 if HIGH else packed) & 15) ^ 8
-    return u.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
@@ -93,7 +72,6 @@ def grouped_kernel(
     y_ptr,
     act_scale_ptr,
     act_zero_point_ptr,
-    x_sums_ptr,
     weight_scale_ptr,
     weight_sums_ptr,
     bias_ptr,
@@ -108,7 +86,6 @@ def grouped_kernel(
     ACT_GROUP: tl.constexpr,
     WEIGHT_GROUP: tl.constexpr,
     PER_TOKEN: tl.constexpr,
-    FLOAT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -144,12 +121,9 @@ def grouped_kernel(
         packed = tl.load(packed_rows + k[None, :], mask=n_inside if even else n_inside & inside[None, :], other=0)
         low_inside = m_inside if EVEN_K else m_inside & (inside & (k < K))[:, None]
         high_inside = m_inside if EVEN_K else m_inside & (inside & (k + P < K))[:, None]
-        low = tl.load(low_rows + k[:, None], mask=low_inside, other=0.0 if FLOAT8 else 0)
-        high = tl.load(high_rows + k[:, None], mask=high_inside, other=0.0 if FLOAT8 else 0)
-        if FLOAT8:
-            y += tl.dot(offset_float8(packed, False, ASM), low) * low_scale
-            y += tl.dot(offset_float8(packed, True, ASM), high) * high_scale
-        elif steps == 1:
+        low = tl.load(low_rows + k[:, None], mask=low_inside, other=0)
+        high = tl.load(high_rows + k[:, None], mask=high_inside, other=0)
+        if steps == 1:
             y += tl.dot(times_16_low(packed, ASM), low, out_dtype=tl.int32).to(tl.float32) * low_scale
             y += tl.dot(times_16_high(packed), high, out_dtype=tl.int32).to(tl.float32) * high_scale
         else:
@@ -164,7 +138,7 @@ def grouped_kernel(
             if first + P < K:
                 part += tl.sum(high_scale, 1) * tl.load(low_sums + P // GROUP, mask=n < N, other=0)
             sums += tl.where(step % steps == 0, part, 0.0)
-    y *= 512.0 if FLOAT8 else 0.0625
+    y *= 0.0625
     if not ACT_GROUP:
         y -= tl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)[None, :] * sums[:, None]
 
@@ -172,8 +146,6 @@ def grouped_kernel(
     if SPLIT_K > 1:
         y, last = sum_splits(y, partial_ptr, ticket_ptr, m, n, M, N, SPLIT_K)
     if last:
-        if FLOAT8:
-            y -= 8.0 * tl.load(x_sums_ptr + m, mask=m < M, other=0.0)[None, :]
         if not WEIGHT_GROUP:
             y *= tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)[:, None]
         if not ACT_GROUP:
@@ -185,17 +157,12 @@ def choose_grouped_tile(num_tokens: int, num_outputs: int, num_groups: int, grou
     """The tile for groups: a step takes a part of one, the largest power of two that divides it if that serves."""
     divisor = group_size & -group_size
     block_k = min(64, divisor if divisor >= 32 else max(32, triton.next_power_of_2(group_size)))
-    if num_tokens <= 64:
-        block_m = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
-        split_k = max(1, min(8, 512 // triton.cdiv(num_outputs, 32), num_groups // 8))
-        return Tile(block_m, 32, block_k, num_warps=2 if block_m == 16 else 4, num_stages=5, split_k=split_k)
-    return Tile(128, 64, block_k, num_warps=4, num_stages=3)
-
-
-def float8_serves(x: Tensor, act_bits: int, weight_groups: int) -> bool:
-    """Whether many tokens x take the float8 product (it was checked to be exact on sm_90 alone)."""
-    fits = act_bits <= 4 and weight_groups == 1
-    return fits and not INTERPRETED and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+    if num_tokens > 64:
+        return Tile(64, 128, block_k, num_warps=4, num_stages=3)
+    block_m = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
+    block_n, num_warps = (64, 2) if block_m == 16 else (32, 4)
+    split_k = max(1, min(8, 512 // triton.cdiv(num_outputs, block_n), num_groups // 16))
+    return Tile(block_m, block_n, block_k, num_warps, num_stages=3, split_k=split_k)
 
 
 def int4_grouped_linear(
@@ -209,22 +176,18 @@ def int4_grouped_linear(
     residual: Tensor | None,
     y: Tensor,
     tile: Tile | None = None,
-    x_sums: Tensor | None = None,
 ) -> None:
     """Writes y [M, N] of codes [M, K].
 
     Args:
         act_scale: By groups of a token, [M, H]; else [1] or [M, 1], and the weights have groups.
         act_zero_point: [1] or [M, 1]; None with groups of a token, whose codes are less theirs.
-        x_sums: Σ_k x̂ of every token [M], where codes are float8.
     """
     (num_tokens, num_columns), (num_outputs, num_bytes) = codes.shape, packed.shape
     act_groups, weight_groups = act_scale.shape[-1], weight_scale.shape[1]
     num_groups = max(act_groups, weight_groups)
     group_size = num_columns // num_groups
     tile = tile or choose_grouped_tile(num_tokens, num_outputs, num_groups, group_size)
-    float8 = codes.dtype == torch.float8_e4m3fn
-    assert not float8 or tile.block_k <= 64, "more columns at once need more than 14 bits"
     num_tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
     partial, tickets = None, None
     if tile.split_k > 1:
@@ -237,7 +200,6 @@ def int4_grouped_linear(
         y,
         act_scale,
         act_zero_point,
-        x_sums,
         weight_scale,
         weight_sums,
         bias,
@@ -252,7 +214,6 @@ def int4_grouped_linear(
         ACT_GROUP=num_columns // act_groups if act_groups > 1 else 0,
         WEIGHT_GROUP=num_columns // weight_groups if weight_groups > 1 else 0,
         PER_TOKEN=act_scale.numel() > 1,
-        FLOAT8=float8,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         EVEN_K=num_columns == 2 * num_bytes and group_size % tile.block_k == 0,
@@ -277,19 +238,17 @@ def token_grouped_int4_linear(
     residual: Tensor | None,
 ) -> Tensor:
     """y [M, N] in the dtype of x [M, K], each of ``act_groups`` groups of a token's columns on its own grid."""
+    x_MGC = x.view(x.shape[0], act_groups, -1)
+    if dequantize.serves(x.shape[0], x.dtype):
+        x_hat = fake_quantize_groups(x_MGC, act_bits).view(x.shape)
+        return dequantize.linear(x_hat, packed, weight_scale, bias, residual)
     y = x.new_empty((x.shape[0], packed.shape[0]))
     if not y.numel():
         return y
-    layer = (weight_scale, None, bias, residual, y)
-    x_MGC = x.view(x.shape[0], act_groups, -1)
-    if x.shape[0] > 64 and float8_serves(x, act_bits, weight_scale.shape[1]):
-        codes, scale, sums = quantize_groups(x_MGC, act_bits, torch.float8_e4m3fn)
-        int4_grouped_linear(codes.view(x.shape), packed, scale, None, *layer, None, sums.sum(-1))
-        return y
-    codes, scale, _ = quantize_groups(x_MGC, act_bits)
-    codes = codes.view(x.shape)
-    if gemv_serves(codes, packed, max(act_groups, weight_scale.shape[1])):
-        int4_grouped_gemv(codes, packed, scale, None, *layer)
+    codes, scale = quantize_groups(x_MGC, act_bits)
+    arguments = (codes.view(x.shape), packed, scale, None, weight_scale, None, bias, residual, y)
+    if gemv_serves(codes.view(x.shape), packed, max(act_groups, weight_scale.shape[1])):
+        int4_grouped_gemv(*arguments)
     else:
-        int4_grouped_linear(codes, packed, scale, None, *layer)
+        int4_grouped_linear(*arguments)
     return y

@@ -16,7 +16,8 @@ order. Many tokens:
 :mod:`.int4_hopper` where it serves and its large tiles fill the GPU; else 128 × 128 tiles, two programs a
 multiprocessor so that one unpacks while the other multiplies, ordered so that neighbours share weights in L2.
 
-**Groups** of columns, of weights or of activations, are :mod:`.int4_grouped`'s; P is a multiple of theirs.
+**Groups** of columns, of weights or of activations, are :mod:`.int4_grouped`'s (P is a multiple of theirs), and of many
+tokens :mod:`.dequantize`'s.
 
 Contiguous tensors: codes int8 [M, K]; packed uint8 [N, P] with 2P ≥ K and zero codes from
 K on; the rest as in :mod:`.reference`. Any M, N, K < 131,072. sm_80 or later.
@@ -28,6 +29,7 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
+from lit_actreg_kernels import dequantize
 from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
 from lit_actreg_kernels.int4_gemv import serves as gemv_serves
 from lit_actreg_kernels.int4_grouped import int4_grouped_linear
@@ -187,6 +189,9 @@ def int4_linear(
     if tile is None and grouped_gemv_serves(x, packed, num_groups):
         int4_grouped_gemv(x, packed, *epilogue, y)
         return y
+    if num_groups > 1 and tile is None and dequantize.serves(num_tokens, out_dtype):
+        x_hat = dequantize.activation(x, act_scale, act_zero_point, out_dtype)
+        return dequantize.linear(x_hat, packed, weight_scale, bias, residual)
     if num_groups > 1:
         int4_grouped_linear(x, packed, *epilogue, y, tile)
         return y

@@ -36,11 +36,10 @@ def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor,
     return grid.quantize(x, scale, zero_point, bits), scale, zero_point
 
 
-def quantize_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int8 less their zero point [M, G, C] of x, each group on its own grid; its scale and Σ x̂, [M, G]."""
+def quantize_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes int8 less their zero point [M, G, C] of x, each group on its own grid; its scale [M, G]."""
     codes, scale, zero_point = quantize_activation_per_token(x, bits)
-    centered = codes - zero_point
-    return centered.to(torch.int8), scale.squeeze(-1), (scale * centered).sum(-1)
+    return (codes - zero_point).to(torch.int8), scale.squeeze(-1)
 
 
 def norm_quantize(
@@ -120,7 +119,7 @@ def token_grouped_int4_linear(
     residual: Tensor | None,
 ) -> Tensor:
     """The linear of x [M, K] with a min-max grid for every one of ``act_groups`` groups of each token's columns."""
-    codes, scale, _ = quantize_groups(x.unflatten(1, (act_groups, -1)), act_bits)
+    codes, scale = quantize_groups(x.unflatten(1, (act_groups, -1)), act_bits)
     return int4_linear(codes.flatten(1), packed, scale, None, weight_scale, None, bias, residual, x.dtype)
 
 
