@@ -10,14 +10,12 @@ Shapes: B sequences, T tokens, D width, H heads, K/V heads G, head width E, voca
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import ops
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
 from lit_actreg.contracts import LossTerm
@@ -39,26 +37,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     # stacked, not concatenated: compiled, a concatenation reads its inputs once for either half of its output
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2).flatten(-2)
-
-
-# PyTorch's own order has cuDNN last. On an H100 its attention takes 0.6 to 0.7 of FlashAttention-2's time in training.
-CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
-def prefers_cudnn(x: Tensor) -> bool:
-    """Whether x is on a GPU where cuDNN's attention was measured to be the fastest: sm_90."""
-    return x.is_cuda and device_capability(x.device.index) == (9, 0)
-
-
-@torch.compiler.assume_constant_result
-def device_capability(index: int) -> tuple[int, int]:
-    """Of a GPU; the compiler asks while it traces."""
-    return torch.cuda.get_device_capability(index)
 
 
 class LayerCache(NamedTuple):
@@ -108,10 +86,7 @@ class Block(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             cache.keys[:, :, :num_tokens], cache.values[:, :, :num_tokens] = k, v
-        # A prompt's length is new every time, and cuDNN plans for each.
-        fastest = sdpa_kernel(CUDNN_FIRST, set_priority=True) if cache is None and prefers_cudnn(q) else nullcontext()
-        with fastest:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.kv_heads != c.num_heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.kv_heads != c.num_heads)
         return y.transpose(1, 2).reshape(num_batch, num_tokens, c.width)
 
     def forward(
