@@ -13,6 +13,7 @@ from pathlib import Path
 
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_actreg.quant.statistics import OUTLIER_RATIO
@@ -39,8 +40,8 @@ def read_map(folder: Path, site: str) -> Map:
 def draw(maps: dict[str, Map], site: str) -> Figure:
     """A panel a fit, one scale of colours; black is no outlier channel."""
     largest = max(ratio for found in maps.values() for blocks in found.values() for ratio, _ in blocks)
-    columns = min(4, len(maps))
-    rows = math.ceil(len(maps) / columns)
+    rows = math.ceil(len(maps) / 4)
+    columns = math.ceil(len(maps) / rows)
     figure = Figure(figsize=(3.2 * columns + 0.8, 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for axes in panels[len(maps) :]:
@@ -53,7 +54,9 @@ def draw(maps: dict[str, Map], site: str) -> Figure:
         image = axes.pcolormesh(edges, range(len(ratios) + 1), ratios, norm=norm, cmap="magma")
         axes.set(title=name, xlabel="optimizer step")
     panels[0].set_ylabel("block")
-    figure.colorbar(image, ax=panels.tolist(), label=f"{site}: largest channel's mean |x| / layer's")
+    label = f"{site}: largest channel's mean |x| / layer's"
+    bar = figure.colorbar(image, ax=panels.tolist(), label=label, format=ScalarFormatter())
+    bar.ax.yaxis.set_minor_formatter(ScalarFormatter())
     return figure
 
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-# Making ŵ moves 2.5 N K bytes whatever the tokens; with fewer of them the int8 product is done by then (H100).
-MANY_TOKENS = 512
+# Making ŵ moves 2.5 N K bytes whatever the tokens. At 4096² on an H100: 256 tokens 36 µs, with the int8 product 44.
+MANY_TOKENS = 256
 _BLOCK = 2048
 
 

@@ -11,8 +11,8 @@ little as possible is left in the loop:
   its zero point multiplies, is a vector beside the sum.
 - A scale that is one a row, of either side, waits for the end.
 
-Still it is 0.4 to 0.5 times the speed of a bfloat16 product with 64 columns a group. From MANY_TOKENS on, and for 16
-bits out, :mod:`.dequantize` therefore makes both sides 16-bit numbers and multiplies those; what is here is for the
+Still it has 0.46 of a bfloat16 product's speed with 64 columns a group (docs/kernels.md). From MANY_TOKENS on, and for
+16 bits out, :mod:`.dequantize` therefore makes both sides 16-bit numbers and multiplies those; what is here is for the
 tokens between one (:mod:`.int4_grouped_gemv`) and so many, and for float32.
 
 The two halves of a packed row are two dots as in :mod:`.int4_linear`, which also says why the tile is y^T. So that a

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import sys
 from pathlib import Path
 
 import datasets
@@ -50,6 +51,22 @@ def test_the_number_of_documents_is_known_once_a_table_is_there(tmp_path):
     assert corpus.num_documents() is None
     assert corpus.tables
     assert corpus.num_documents() == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells where open files stand")
+def test_the_number_of_documents_is_guessed_while_files_are_read(tmp_path):
+    num_documents = 4000
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl([f"{i:04} {'x' * 4096}" for i in range(num_documents)]))
+    corpus, passed, guesses = corpus_of([str(tmp_path / "*.jsonl")], tmp_path), 0, {}
+    for _, texts in corpus.batches():
+        passed += len(texts)
+        guesses[passed] = corpus.num_documents(passed)
+    assert passed == 2 * num_documents
+    late = [guess for after, guess in guesses.items() if after > num_documents and guess]
+    assert len(late) > 5
+    assert all(1.6 * num_documents < guess < 2.1 * num_documents for guess in late), guesses
+    assert corpus.num_documents(passed) is None  # nothing is open any more
 
 
 @pytest.mark.parametrize("streaming", [False, True])

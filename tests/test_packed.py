@@ -82,6 +82,21 @@ def test_splits_divided_while_packing_keep_the_order(monkeypatch, encoder, tmp_p
         assert written[split].num_documents == len(texts)
 
 
+def test_the_progress_bar_asks_how_many_will_come(monkeypatch, encoder, tmp_path, capfd):
+    monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 700)
+    asked = []
+
+    def guess(passed: int) -> int | None:
+        asked.append(passed)
+        return len(TEXTS) + 7 if passed > 5 else None
+
+    pack([(("train",), TEXTS)], encoder, 0.2, 15, 300, tmp_path, 1, guess)
+    assert asked[0] == 0
+    assert asked == sorted(asked)
+    assert asked[-1] == len(TEXTS)
+    assert f"{len(TEXTS)}/{len(TEXTS) + 7} " in capfd.readouterr().err.replace("\r", "\n")
+
+
 def test_the_file_does_not_depend_on_the_number_of_processes(monkeypatch, documents, encoder, tmp_path):
     monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 700)
     files = []

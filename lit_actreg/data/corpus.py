@@ -258,9 +258,22 @@ class Corpus:
             for split, documents in self._open_valid(self.valid_source).items():
                 yield from texts_of(documents, (split,), self.valid_source.name)
 
-    def num_documents(self) -> int | None:
-        """How many ``batches`` will give; None where only reading the files tells."""
-        return sum(map(len, self.tables.values())) if self._has_tables() else None
+    def num_documents(self, passed: int = 0) -> int | None:
+        """How many ``batches`` will give, ``passed`` of which it has given; None where nothing tells.
+
+        Tables know. Of files it is a guess while they are read: from their sizes on the disk, and from where in them
+        this process's open files stand (Linux).
+        """
+        if self._has_tables():
+            return sum(map(len, self.tables.values()))
+        paths = [path for source in self.sources for part in (source.files or {}).values() for path in part]
+        positions = positions_of_open_files()
+        current = max((i for i, path in enumerate(paths) if path in positions), default=None)
+        if current is None or not all(source.files for source in self.sources):
+            return None
+        sizes = [os.path.getsize(path) for path in paths]
+        read = sum(sizes[:current]) + positions[paths[current]]
+        return round(passed * sum(sizes) / read) if read else None
 
     def _has_tables(self) -> bool:
         return bool(self.weights) or self.streaming or "tables" in vars(self)
@@ -279,6 +292,16 @@ class Corpus:
         held = load_source(source, self.text_field, self.scratch)
         documents = held["valid"] if "valid" in held else next(iter(held.values()))
         return {"valid": documents, "test": held.get("test", documents)}
+
+
+def positions_of_open_files() -> dict[str, int]:
+    """Path → byte at which reading stands, of every file that this process has open; empty where Linux is not."""
+    positions = {}
+    for descriptor in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            path = os.readlink(descriptor)
+            positions[path] = int(Path("/proc/self/fdinfo", descriptor.name).read_text().split()[1])
+    return positions
 
 
 def texts_of(documents: Any, splits: tuple[Split | None, ...], name: str) -> Iterator[Batch]:

@@ -169,7 +169,7 @@ class TextDataModule(LightningDataModule):
     def _pack(self, corpus: Corpus, folder: Path) -> None:
         """Packs every split into ``folder``; a training or validation split without one block is an error."""
         shape = (self.valid_share, self.context, self.vocab_size)
-        packed = pack(corpus.batches(), self._encoder(), *shape, folder, num_documents=corpus.num_documents())
+        packed = pack(corpus.batches(), self._encoder(), *shape, folder, num_documents=corpus.num_documents)
         np.save(folder / "train_counts.npy", packed["train"].counts)
         if not packed["train"].counts.any():
             raise ValueError(

@@ -229,18 +229,20 @@ def pack(
     vocab_size: int,
     folder: Path,
     num_cores: int | None = None,
-    num_documents: int | None = None,
+    num_documents: Callable[[int], int | None] = lambda passed: None,
 ) -> dict[Split, SplitWriter]:
     """Writes the blocks of every split to ``folder``, a file each; the finished writers tell what they counted.
 
     Args:
         num_cores: How many processes encode; None means one on every core that this process may use.
-        num_documents: How many come, if that is known: the progress bar then shows the time left.
+        num_documents: How many there will be once so many have passed, as far as is known: the progress bar then
+            shows the time left.
     """
     writers = {s: SplitWriter(folder / f"{s}.arrow", context + 1, vocab_size, encoder.dtype) for s in SPLITS}
-    with tqdm(desc="tokenizing", unit=" documents", total=num_documents) as progress:
+    with tqdm(desc="tokenizing", unit=" documents", total=num_documents(0)) as progress:
         for piece in tokenize(batches, encoder, valid_share, num_cores or len(os.sched_getaffinity(0))):
             writers[piece.split].add(piece)
+            progress.total = num_documents(progress.n + piece.num_documents) or progress.total
             progress.update(piece.num_documents)
     for writer in writers.values():
         writer.finish()
