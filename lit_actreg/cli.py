@@ -106,8 +106,23 @@ class ActRegCLI(LightningCLI):
         """The last word of a fit is the perplexity of its last weights, wherever the validation interval fell."""
         self.trainer.validate(self.model, datamodule=self.datamodule)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self._arguments = args
+        super().parse_arguments(parser, args)
+
+    def _overridden(self, quant: QuantConfig) -> dict[str, Any]:
+        """A checkpoint's quantization, with the fields of model.quant that the user has named in the place of its own.
+
+        Parsed again with the checkpoint's as the default: the first time, what was not named came from QuantConfig's.
+        """
+        subcommand = self.config["subcommand"]
+        if self.config[subcommand].model.quant is None:
+            return as_plain(quant)
+        self._subcommand_parsers[subcommand].set_defaults({"model.quant": as_plain(quant)})
+        return dict(self.parser.parse_args(self._arguments)[subcommand].model.quant)
+
     def _parse_ckpt_path(self) -> None:
-        """A checkpoint fixes shape, vocabulary and tokenizer; its quantization holds unless the user names another.
+        """A checkpoint fixes shape, vocabulary and tokenizer; its quantization holds but for what the user names.
 
         LightningCLI would let all of the checkpoint's hyper-parameters override the user's, silently
         (lightning#21116).
@@ -136,14 +151,16 @@ class ActRegCLI(LightningCLI):
         options.model.shape = Namespace(as_plain(info.shape))
         options.model.vocab_size = options.data.vocab_size = info.vocab_size
         options.data.tokenizer = options.data.tokenizer or (info.tokenizer and str(info.tokenizer))
-        if options.model.quant is None and info.quant is not None:
+        if subcommand != "fit" and info.quant is not None and not several:
+            options.model.quant = self._overridden(info.quant)
+        elif options.model.quant is None and info.quant is not None:
             options.model.quant = Namespace(as_plain(info.quant))
         elif options.model.quant is None and subcommand != "fit":  # a model without clips: none are made up for it
             activations = "token" if subcommand == "quantize" else "none"
             options.model.quant = Namespace(as_plain(QuantConfig(activations=activations)))  # type: ignore[arg-type]
             rank_zero_info(f'{path} has no clips: --model.quant.activations is "{activations}"')
         if subcommand != "fit" and info.quant is not None and not several and not options.get("calibrate"):
-            wanted = QuantConfig(**options.model.quant.as_dict())
+            wanted = QuantConfig(**options.model.quant)
             if unlearned := sorted(set(wanted.clipped_sites) - set(info.quant.clipped_sites)):
                 raise ValueError(f"{path} has no clips at {unlearned}: its model.quant is {as_plain(info.quant)}")
         if info.folder is not None and not several:

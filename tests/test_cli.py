@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import save_file
 from small_fit import CONTEXT, VOCAB_SIZE, write_corpus
 
+from lit_actreg.artifact import read_artifact
 from lit_actreg.checkpoint import load_decoder
 from lit_actreg.cli import main
+from lit_actreg.config import as_plain
 from lit_actreg.huggingface import huggingface_config, to_huggingface
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,14 +181,27 @@ def test_rtn_reads_no_text(made):
 
 
 def test_sites_without_learned_clips_are_not_given_any(made, capsys):
-    """A partial model.quant takes the rest from its defaults, not from the checkpoint: clips at all sites."""
     checkpoint = torch.load(made["checkpoint"], weights_only=True)
     checkpoint["hyper_parameters"]["quant"]["per_token_sites"] = ["mlp_proj"]
     torch.save(checkpoint, "x.ckpt")
-    command = f"--ckpt_path x.ckpt --data.source {made['corpus']} --model.quant.activation_bits 8 {QUIET}"
+    command = f"--ckpt_path x.ckpt --data.source {made['corpus']} --model.quant.per_token_sites [] {QUIET}"
     for subcommand in ("validate", "quantize --quantizer RTN --output out"):
         found = mistake(capsys, f"{subcommand} {command}")
         assert found.startswith("x.ckpt has no clips at ['mlp_proj']: its model.quant is {'activations': 'static'")
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_an_override_of_one_field_leaves_the_checkpoints_others(made, in_a_file):
+    checkpoint = torch.load(made["checkpoint"], weights_only=True)
+    checkpoint["hyper_parameters"]["quant"] |= {"per_token_sites": ["mlp_proj"], "token_group_size": 8}
+    torch.save(checkpoint, "x.ckpt")
+    Path("bits.yaml").write_text("model: {quant: {activation_bits: 6}}")
+    override = "--config bits.yaml" if in_a_file else "--model.quant.activation_bits 6"
+    data = f"--data.source={made['corpus']} --data.cache_dir={made['folder']}/cache"
+    main(shlex.split(f"quantize --quantizer=RTN --ckpt_path=x.ckpt --output=out {override} {data} {QUIET}"))
+    quant = read_artifact(Path("out")).quant
+    expected = checkpoint["hyper_parameters"]["quant"] | {"activation_bits": 6}
+    assert as_plain(quant) == expected
 
 
 def test_a_model_without_clips_is_not_given_any(made, capsys):
