@@ -1,0 +1,92 @@
+"""Our plain 16-bit training step beside that of transformers' model of the same shape, on one GPU.
+
+    python benchmarks/train_peer.py [--size 98m|125m|1b] [--rounds 8]
+    python benchmarks/train_peer.py --size tiny --device cpu          # shows that it works; its times mean nothing
+
+Both: bfloat16 autocast, float32 weights, torch.compile (transformers' whole, as its documentation has it; ours a block
+at a time and the loss, as ``fit`` does), fused AdamW, the same batch of random tokens. transformers computes the loss
+itself, from labels. The weights are the same, and so must the first loss be, or nothing is printed and the status is 1.
+Turns and figures as in :mod:`train_speed`. ``pip install -c constraints.txt transformers``.
+"""
+
+import argparse
+import statistics
+import sys
+
+import torch
+from train_speed import PLAIN, SIZES, STEPS, Trainee
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lit_actreg.callbacks.throughput import PEAK_TFLOPS
+from lit_actreg.huggingface import huggingface_config, to_huggingface
+
+TOLERANCE = 0.01  # nats, of a loss of about ln V in bfloat16
+
+
+class Peer:
+    """transformers' model with the trainee's weights and batch."""
+
+    def __init__(self, ours: Trainee) -> None:
+        settings = huggingface_config(ours.config, ours.model.vocab_size)
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with torch.device(ours.device):
+            self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        self.model.load_state_dict(to_huggingface(ours.config, ours.model.state_dict()), strict=False)
+        self.model.config.use_cache = False
+        self.device, self.ids, self.targets = ours.device, ours.batch[:, :-1], ours.batch[:, 1:].contiguous()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=ours.device == "cuda")
+        if ours.device == "cuda":
+            self.model.compile()
+
+    def loss(self) -> torch.Tensor:
+        with torch.autocast(self.device, torch.bfloat16):
+            return self.model(input_ids=self.ids, labels=self.ids, shift_labels=self.targets).loss
+
+    def step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss().backward()
+        self.optimizer.step()
+
+
+@torch.no_grad()
+def first_loss(ours: Trainee) -> float:
+    with torch.autocast(ours.device, torch.bfloat16):
+        hidden, _ = ours.model(ours.batch[:, :-1])
+        return ours.loss(ours.model.head, hidden, ours.batch[:, 1:]).item()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="125m")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--rounds", type=int, default=8)
+    args = parser.parse_args()
+    ours = Trainee(args.size, args.device, None, 1)
+    PLAIN.apply(ours.model)
+    peer = Peer(ours)
+    losses = first_loss(ours), peer.loss().item()
+    print(f"first loss: ours {losses[0]:.4f}, transformers {losses[1]:.4f}")
+    if abs(losses[0] - losses[1]) > TOLERANCE:
+        print("REFUSED: not the same model")
+        return 1
+    times: dict[str, list[float]] = {"ours": [], "transformers": []}
+    for index in range(args.rounds):
+        for name in list(times)[:: -1 if index % 2 else 1]:
+            step = ours.step if name == "ours" else peer.step
+            step()
+            start = ours.clock()
+            for _ in range(STEPS):
+                step()
+            times[name].append((ours.clock() - start) / STEPS * 1e3)
+    tokens = ours.batch[:, 1:].numel()
+    print(f"{args.size}, {list(ours.batch[:, 1:].shape)} tokens a step, torch {torch.__version__}")
+    for name, found in times.items():
+        ms = statistics.median(found)
+        ratio = statistics.median(p / v for p, v in zip(times["ours"], found, strict=True))
+        mfu = tokens / ms * 1e3 * ours.flops_per_token / (1e12 * PEAK_TFLOPS["H100"])
+        print(f"{name:14}{ms:9.2f} ms{tokens / ms * 1e3:11,.0f} tokens/s{ratio:7.3f}x{mfu:7.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
