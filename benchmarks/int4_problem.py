@@ -125,7 +125,7 @@ def from_float_in_groups(problem: Problem) -> Tensor:
 def grouped_reference(problem: Problem) -> Tensor:
     """Of the kernel's own codes: PyTorch on a GPU divides by a number as a product, which moves values at ties."""
     codes, scale = act_quant.quantize_groups(problem.x.unflatten(1, (-1, GROUP)), 4)
-    if dequantize.serves(len(codes), problem.x.dtype):
+    if dequantize.serves(len(codes), GROUP, problem.x.dtype):
         x_hat = (codes * scale[..., None]).flatten(1).bfloat16()
         return functional.linear(x_hat, (problem.weight_codes * problem.weight_scale).bfloat16())
     rest = (problem.weight_scale, None, None, None, torch.bfloat16)

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_actreg.quant.statistics import OUTLIER_RATIO
 
-Map = dict[int, list[tuple[float, float]]]  # optimizer step → (largest ratio, share of outlier channels) of every block
+Map = dict[int, dict[int, tuple[float, float]]]  # optimizer step → block → (largest ratio, share of outlier channels)
 
 
 def read_map(folder: Path, site: str) -> Map:
@@ -30,16 +30,15 @@ def read_map(folder: Path, site: str) -> Map:
         raise SystemExit(f"{folder} has fewer than two outlier snapshots of {site}")
     found: Map = {}
     for block in blocks:
-        ratios = events.Scalars(prefix + block)
         shares = {event.step: event.value for event in events.Scalars(f"outliers_{site}/share_{block}")}
-        for event in ratios:
-            found.setdefault(event.step, []).append((event.value, shares[event.step]))
+        for event in events.Scalars(prefix + block):  # a resumed fit has logged some steps twice: the last counts
+            found.setdefault(event.step, {})[int(block)] = event.value, shares[event.step]
     return found
 
 
 def draw(maps: dict[str, Map], site: str) -> Figure:
     """A panel a fit, one scale of colours; black is no outlier channel."""
-    largest = max(ratio for found in maps.values() for blocks in found.values() for ratio, _ in blocks)
+    largest = max(ratio for found in maps.values() for blocks in found.values() for ratio, _ in blocks.values())
     rows = math.ceil(len(maps) / 4)
     columns = math.ceil(len(maps) / rows)
     figure = Figure(figsize=(3.2 * columns + 0.8, 2.6 * rows), layout="constrained")
@@ -48,7 +47,7 @@ def draw(maps: dict[str, Map], site: str) -> Figure:
         axes.set_axis_off()
     for axes, (name, found) in zip(panels, maps.items(), strict=False):
         steps = sorted(found)
-        ratios = [[found[step][block][0] for step in steps] for block in range(len(found[steps[0]]))]
+        ratios = [[found[step][block][0] for step in steps] for block in sorted(found[steps[0]])]
         edges = [0.5 * (a + b) for a, b in zip([2 * steps[0] - steps[1], *steps], [*steps, steps[-1]], strict=True)]
         norm = LogNorm(OUTLIER_RATIO, max(largest, 2 * OUTLIER_RATIO))
         image = axes.pcolormesh(edges, range(len(ratios) + 1), ratios, norm=norm, cmap="magma")
@@ -73,9 +72,8 @@ def main() -> None:
         writer.writerow(["run", "step", "block", "largest_ratio", "share"])
         for name, found in maps.items():
             for step, blocks in sorted(found.items()):
-                writer.writerows(
-                    [name, step, i, f"{ratio:.3g}", f"{share:.3g}"] for i, (ratio, share) in enumerate(blocks)
-                )
+                for block, (ratio, share) in sorted(blocks.items()):
+                    writer.writerow([name, step, block, f"{ratio:.3g}", f"{share:.3g}"])
     draw(maps, arguments.site).savefig(arguments.out.with_suffix(".png"), dpi=110)
 
 

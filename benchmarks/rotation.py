@@ -1,10 +1,10 @@
-"""A 16-bit model's W4A4 perplexity behind Hadamard rotations: the strongest rival that needs no training.
+"""A 16-bit model's W4A4 perplexity behind Hadamard rotations, a rival that needs no training.
 
     python benchmarks/rotation.py runs/…/last.ckpt --source train.jsonl.xz --valid_source valid.jsonl.xz --context 512
 
-W · Hᵀ Q(H x) with W Hᵀ rounded to nearest (as :mod:`lit_actreg.quant.rivals` has the activations): every linear's input
-is rotated on the fly, which is more than QuaRot (arXiv 2404.00456) does where a norm's gain stands in the way. Scales
-of the rotated weights are min-max and least squared error.
+W · Hᵀ Q(H x), as :mod:`lit_actreg.quant.rivals` has it: every linear's input is rotated on the fly, in blocks of the
+largest power of two that divides its width, and quantized on a min-max grid a token; W Hᵀ is rounded to nearest, with
+min-max scales, as `table`'s RTN has them, and with scales of least squared error.
 """
 
 import argparse
@@ -41,9 +41,10 @@ def main() -> None:
     parser.add_argument("--valid_source", help="as data.valid_source")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--cache_dir", default="runs/cache")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    info = read_checkpoint_info(options.checkpoint, options.checkpoint.parent)
+    info = read_checkpoint_info(options.checkpoint, Path(options.cache_dir))
     data = TextDataModule(
         options.source,
         valid_source=options.valid_source,
@@ -51,6 +52,7 @@ def main() -> None:
         vocab_size=info.vocab_size,
         context=options.context,
         batch_size=options.batch_size,
+        cache_dir=options.cache_dir,
     )
     data.prepare_data()
     data.setup()

@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
     parser.add_argument("--option", required=True, help="what was swept, for the axis")
-    parser.add_argument("--columns", nargs="+", default=["W16A4", "W4A4 RTN", "W4A4 GPTQ", "W3A4 GPTQ"])
+    parser.add_argument("--columns", nargs="+", default=["W16A4", "W4A4 RTN", "W4A4 GPTQ", "W3A4 RTN", "W3A4 GPTQ"])
     parser.add_argument("--out", type=Path, required=True, help="path of both files, without their endings")
     arguments = parser.parse_args()
     rows = list(csv.DictReader(arguments.table.open()))

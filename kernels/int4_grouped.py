@@ -11,9 +11,9 @@ little as possible is left in the loop:
   its zero point multiplies, is a vector beside the sum.
 - A scale that is one a row, of either side, waits for the end.
 
-Still it has 0.46 of a bfloat16 product's speed with 64 columns a group (docs/kernels.md). From MANY_TOKENS on, and for
-16 bits out, :mod:`.dequantize` therefore makes both sides 16-bit numbers and multiplies those; what is here is for the
-tokens between one (:mod:`.int4_grouped_gemv`) and so many, and for float32.
+Still it has 0.46 of a bfloat16 product's speed with 64 columns a group (docs/kernels.md). For many tokens, small groups
+and 16 bits out :mod:`.dequantize` therefore makes both sides 16-bit numbers and multiplies those; what is here is for
+the tokens between one (:mod:`.int4_grouped_gemv`) and so many, for larger groups, and for float32.
 
 The two halves of a packed row are two dots as in :mod:`.int4_linear`, which also says why the tile is y^T. So that a
 step of the loop lies in one group of either half, a half holds whole groups: P is a multiple of the group.
@@ -238,8 +238,8 @@ def token_grouped_int4_linear(
     residual: Tensor | None,
 ) -> Tensor:
     """y [M, N] in the dtype of x [M, K], each of ``act_groups`` groups of a token's columns on its own grid."""
-    x_MGC = x.view(x.shape[0], act_groups, -1)
-    if dequantize.serves(x.shape[0], x.dtype):
+    x_MGC = x.view(x.shape[0], act_groups, x.shape[1] // act_groups)
+    if dequantize.serves(x.shape[0], x.shape[1] // max(act_groups, weight_scale.shape[1]), x.dtype):
         x_hat = fake_quantize_groups(x_MGC, act_bits).view(x.shape)
         return dequantize.linear(x_hat, packed, weight_scale, bias, residual)
     y = x.new_empty((x.shape[0], packed.shape[0]))

@@ -16,8 +16,8 @@ order. Many tokens:
 :mod:`.int4_hopper` where it serves and its large tiles fill the GPU; else 128 × 128 tiles, two programs a
 multiprocessor so that one unpacks while the other multiplies, ordered so that neighbours share weights in L2.
 
-**Groups** of columns, of weights or of activations, are :mod:`.int4_grouped`'s (P is a multiple of theirs), and of many
-tokens :mod:`.dequantize`'s.
+**Groups** of columns, of weights or of activations, are :mod:`.int4_grouped`'s (P is a multiple of theirs); small ones
+of many tokens, for 16 bits out, :mod:`.dequantize`'s.
 
 Contiguous tensors: codes int8 [M, K]; packed uint8 [N, P] with 2P ≥ K and zero codes from
 K on; the rest as in :mod:`.reference`. Any M, N, K < 131,072. sm_80 or later.
@@ -177,11 +177,14 @@ def int4_linear(
         tile: Overrides :func:`choose_tile` and the choice of the kernel (benchmark and tests).
     """
     (num_tokens, num_columns), (num_outputs, num_bytes) = x.shape, packed.shape
+    num_groups = weight_scale.shape[1]
+    if num_groups > 1 and tile is None and dequantize.serves(num_tokens, num_columns // num_groups, out_dtype):
+        x_hat = dequantize.activation(x, act_scale, act_zero_point, out_dtype)
+        return dequantize.linear(x_hat, packed, weight_scale, bias, residual)
     y = x.new_empty((num_tokens, num_outputs), dtype=out_dtype)
     if not y.numel():
         return y
     epilogue = (act_scale, act_zero_point, weight_scale, weight_sums, bias, residual)
-    num_groups = weight_scale.shape[1]
     if isinstance(tile, GemvTile) or (tile is None and gemv_serves(num_tokens, packed, num_groups)):
         int4_gemv(x, packed, *epilogue, y, act_bits, tile=tile)
         return y
@@ -189,9 +192,6 @@ def int4_linear(
     if tile is None and grouped_gemv_serves(x, packed, num_groups):
         int4_grouped_gemv(x, packed, *epilogue, y)
         return y
-    if num_groups > 1 and tile is None and dequantize.serves(num_tokens, out_dtype):
-        x_hat = dequantize.activation(x, act_scale, act_zero_point, out_dtype)
-        return dequantize.linear(x_hat, packed, weight_scale, bias, residual)
     if num_groups > 1:
         int4_grouped_linear(x, packed, *epilogue, y, tile)
         return y

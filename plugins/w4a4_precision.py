@@ -2,11 +2,11 @@
 
 Every :class:`~lit_actreg.quant.quantized_linear.QuantizedLinear` becomes an
 :class:`~lit_actreg_kernels.module.Int4Linear`: the same codes, scales and grids, but an exact integer product instead
-of a float one (Triton on a GPU, its plain reference on a CPU). Layers that the kernel cannot serve stay as they are,
-and one line says how many and why. A block whose linears have static grids (its MLP projection's may
-follow tokens) becomes an
-:class:`~lit_actreg_plugins.int4_block.Int4Block`, where norms, activations and residual sums are fused into the
-kernels.
+of a float one (Triton on a GPU, its plain reference on a CPU; only small groups of many tokens are multiplied in 16
+bits where ``dtype`` is of 16: :mod:`lit_actreg_kernels.dequantize`). Layers that the kernel cannot serve stay as they
+are, and one line says how many and why. A block whose linears have static grids (its MLP projection's may follow
+tokens) becomes an :class:`~lit_actreg_plugins.int4_block.Int4Block`, where norms, activations and residual sums are
+fused into the kernels.
 
 ``Precision.convert_module`` is Lightning's hook for this, called on every strategy after ``configure_model``; it
 changes the module in place. It cannot be combined with ``--trainer.precision``, so activations between the linears

@@ -123,6 +123,14 @@ def test_from_float(m, act_groups, weight_groups):
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens(dtype):
+    tensors, _ = grouped_problem(1, 33, 256, 0, 4, 1)
+    layer = [tensors[name].to(DEVICE) for name in ("packed", "weight_scale", "bias")]
+    x = torch.empty(0, 256, dtype=dtype, device=DEVICE)
+    assert int4_grouped.token_grouped_int4_linear(x, 4, 4, *layer, None).shape == (0, 33)
+
+
 def test_weights_with_groups_come_by_the_linear():
     tensors, answer = grouped_problem(3, 33, 256, 0, 1, 4)
     tensors |= {"x": tensors.pop("codes")}

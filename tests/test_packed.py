@@ -1,5 +1,6 @@
 """Packing loses no token but the tail, in any number of processes, and is on disk whole or not at all."""
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -82,8 +83,21 @@ def test_splits_divided_while_packing_keep_the_order(monkeypatch, encoder, tmp_p
         assert written[split].num_documents == len(texts)
 
 
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000", 8), ("250000 100000", 2), ("1000 100000", 1), ("9000000 100000", 8)]
+)
+def test_a_containers_quota_counts(monkeypatch, tmp_path, text, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    quota = tmp_path / "cpu.max"
+    assert packed.num_usable_cores(quota) == 8
+    quota.write_text(text + "\n")
+    assert packed.num_usable_cores(quota) == cores
+
+
 def test_the_progress_bar_asks_how_many_will_come(monkeypatch, encoder, tmp_path, capfd):
     monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 700)
+    clock = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(packed, "monotonic", lambda: next(clock))  # every piece takes seconds
     asked = []
 
     def guess(passed: int) -> int | None:

@@ -20,9 +20,10 @@ import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -140,11 +141,17 @@ def reading(name: str) -> Iterator[None]:
         raise ValueError(f"source {name!r} cannot be read ({reason}): check it, or name another") from error
 
 
+def in_order_of_reading(paths: Sequence[str]) -> list[str]:
+    """One format after the other, each in the order of names."""
+    readers = list(dict.fromkeys(reader_of(Path(p)) for p in paths))
+    return sorted(paths, key=lambda p: readers.index(reader_of(Path(p))))  # a stable sort
+
+
 def _load_files(paths: tuple[str, ...], scratch: Path, options: dict[str, Any]) -> Any:
-    """Reads files of possibly several formats, one `datasets` builder a format, in the order of their names."""
+    """Reads files of possibly several formats, one `datasets` builder a format."""
     parts = []
-    for reader in dict.fromkeys(reader_of(Path(p)) for p in paths):
-        names = [p for p in paths if reader_of(Path(p)) == reader]
+    for reader, grouped in itertools.groupby(in_order_of_reading(paths), key=lambda p: reader_of(Path(p))):
+        names = list(grouped)
         extra: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
         if options["streaming"] and reader == "json":
             extra["chunksize"] = STREAM_CHUNK
@@ -261,19 +268,23 @@ class Corpus:
     def num_documents(self, passed: int = 0) -> int | None:
         """How many ``batches`` will give, ``passed`` of which it has given; None where nothing tells.
 
-        Tables know. Of files it is a guess while they are read: from their sizes on the disk, and from where in them
-        this process's open files stand (Linux).
+        Tables know. Of files it is a guess while training text is read: from their sizes on the disk, and from where
+        in them this process's open files stand. Held-out files, which are small and come later, are left out.
         """
         if self._has_tables():
             return sum(map(len, self.tables.values()))
-        paths = [path for source in self.sources for part in (source.files or {}).values() for path in part]
-        positions = positions_of_open_files()
-        current = max((i for i, path in enumerate(paths) if path in positions), default=None)
-        if current is None or not all(source.files for source in self.sources):
-            return None
-        sizes = [os.path.getsize(path) for path in paths]
-        read = sum(sizes[:current]) + positions[paths[current]]
-        return round(passed * sum(sizes) / read) if read else None
+        positions, read, found = positions_of_open_files(), 0, 0
+        for path, size in self._training_sizes.items():
+            found = read + positions[path] if path in positions else found
+            read += size
+        return round(passed * read / found) if found else None
+
+    @functools.cached_property
+    def _training_sizes(self) -> dict[str, int]:
+        """Bytes of the files in the order of reading; none where that is not from front to back."""
+        paths = [path for source in self.sources for path in in_order_of_reading((source.files or {}).get("train", ()))]
+        in_order = all(source.files for source in self.sources) and all(reader_of(Path(p)) != "parquet" for p in paths)
+        return {path: os.path.getsize(path) for path in paths} if in_order else {}
 
     def _has_tables(self) -> bool:
         return bool(self.weights) or self.streaming or "tables" in vars(self)
@@ -295,7 +306,7 @@ class Corpus:
 
 
 def positions_of_open_files() -> dict[str, int]:
-    """Path → byte at which reading stands, of every file that this process has open; empty where Linux is not."""
+    """Path → byte at which reading stands, of every file that this process has open (Linux; elsewhere none)."""
     positions = {}
     for descriptor in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError):  # closed meanwhile

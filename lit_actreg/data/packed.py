@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import datasets
@@ -42,6 +43,7 @@ IGNORE = -100  # the tokens of a padding row: PyTorch's ignore_index
 CHARACTERS_PER_TASK = 1 << 18  # about 0.15 s of a worker: no core idles for long at the end, and few are sent
 TASKS_AHEAD = 4  # read for every worker: 0.6 s of work, more than any one read takes
 TOKENS_PER_WRITE = 1 << 20
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds a period, or "max"; and the period
 
 
 def cache_folder(cache_dir: Path, kind: str, inputs: Any) -> Path:
@@ -173,6 +175,16 @@ def tokenize(batches: Iterable[Batch], encoder: Encoder, valid_share: float, num
             yield from running.popleft().result()
 
 
+def num_usable_cores(quota: Path = CPU_QUOTA) -> int:
+    """Cores that this process may use: those of its affinity, or fewer if a container has a CPU quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0))
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, round(int(limit) / int(period))))
+    return cores
+
+
 def whole_blocks(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Cuts tokens into blocks [blocks, length] and what is left over."""
     whole = len(tokens) // length * length
@@ -235,14 +247,17 @@ def pack(
 
     Args:
         num_cores: How many processes encode; None means one on every core that this process may use.
-        num_documents: How many there will be once so many have passed, as far as is known: the progress bar then
-            shows the time left.
+        num_documents: How many there will be, once so many have passed, as far as is known: asked every second, and
+            the progress bar shows the time left.
     """
     writers = {s: SplitWriter(folder / f"{s}.arrow", context + 1, vocab_size, encoder.dtype) for s in SPLITS}
+    asked = monotonic()
     with tqdm(desc="tokenizing", unit=" documents", total=num_documents(0)) as progress:
-        for piece in tokenize(batches, encoder, valid_share, num_cores or len(os.sched_getaffinity(0))):
+        for piece in tokenize(batches, encoder, valid_share, num_cores or num_usable_cores()):
             writers[piece.split].add(piece)
-            progress.total = num_documents(progress.n + piece.num_documents) or progress.total
+            if monotonic() > asked + 1.0:
+                progress.total = num_documents(progress.n + piece.num_documents) or progress.total
+                asked = monotonic()
             progress.update(piece.num_documents)
     for writer in writers.values():
         writer.finish()

@@ -1,0 +1,54 @@
+"""The benchmarks' pictures of finished fits: the numbers behind them, from small folders and tables."""
+
+import csv
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(monkeypatch, script: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+
+
+def write_run(folder: Path, steps: list[int], offset: float) -> None:
+    with SummaryWriter(str(folder)) as writer:
+        for step in steps:
+            for block in range(3):
+                writer.add_scalar(f"outliers_qkv/largest_ratio_{block:02d}", step + block + offset, step)
+                writer.add_scalar(f"outliers_qkv/share_{block:02d}", block / 10, step)
+
+
+def test_outlier_maps_take_a_step_that_was_logged_twice_once(monkeypatch, tmp_path):
+    write_run(tmp_path / "a", [0, 10, 20], 0.5)
+    write_run(tmp_path / "a", [20, 30], 0.25)  # resumed from step 10
+    write_run(tmp_path / "b", [0, 10], 0.0)
+    folders = [f"{name}={tmp_path / name}" for name in ("a", "b")]
+    run(monkeypatch, "outlier_maps.py", *folders, "--out", str(tmp_path / "map"))
+    rows = list(csv.DictReader((tmp_path / "map.csv").open()))
+    assert len(rows) == 3 * (4 + 2)
+    found = {(row["run"], int(row["step"]), int(row["block"])): float(row["largest_ratio"]) for row in rows}
+    assert found["a", 20, 1] == pytest.approx(21.25, rel=0.01)
+    assert found["a", 10, 2] == pytest.approx(12.5, rel=0.01)
+    assert {row["share"] for row in rows} == {"0", "0.1", "0.2"}
+    assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_outlier_maps_want_two_snapshots(monkeypatch, tmp_path):
+    write_run(tmp_path / "a", [0], 0.0)
+    with pytest.raises(SystemExit, match="fewer than two outlier snapshots of qkv"):
+        run(monkeypatch, "outlier_maps.py", f"a={tmp_path / 'a'}", "--out", str(tmp_path / "map"))
+
+
+def test_a_sweep_has_a_place_for_zero(monkeypatch, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("model,W16A4,W4A4 GPTQ\n0,40,42\n1e-4,39,41\n1e-3,39.5,41.5\n")
+    columns = ["--columns", "W16A4", "W4A4 GPTQ"]
+    run(monkeypatch, "sweep_curve.py", str(table), "--option", "λ", *columns, "--out", str(tmp_path / "sweep"))
+    assert (tmp_path / "sweep.csv").read_text() == table.read_text()
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
