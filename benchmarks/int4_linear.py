@@ -1,6 +1,6 @@
 """How fast the W4A4 linear is, against bfloat16 `F.linear`, `torch._int_mm` and a plain Triton int8 GEMM (needs a GPU).
 
-    python benchmarks/int4_linear.py [--cases gemm linear norm decode] [--out benchmarks/results/NAME.csv]
+    python benchmarks/int4_linear.py [--cases gemm linear norm decode groups] [--out benchmarks/results/NAME.csv]
     python benchmarks/int4_linear.py --quick          # checks, then tiles of every regime, in about a minute
 
 Both check integers over tails first, compile on all cores, and measure this GPU's ceilings (:mod:`harness` has the
@@ -57,6 +57,11 @@ from int8_gemm import INT8_TILES
 
 PREFILL_SHAPES = [(8192, 8192, 8192), (4096, 4096, 4096), (4096, 11008, 4096), (16384, 8192, 2048)]
 DECODE_SHAPES = [(m, n, k) for m in (1, 16, 64) for n, k in ((4096, 4096), (11008, 4096), (8192, 8192))]
+GROUPED_SHAPES = [
+    *((m, 4096, 11008) for m in (1, 16, 64, 4096)),
+    *((m, 4096, 4096) for m in (16, 256, 512, 1024, 4096)),
+    *((m, 8192, 8192) for m in (64, 8192)),
+]
 BARS = {"gemm": 1.5, "linear": 1.4, "norm": 1.45, "decode": 3.3, "decode M=64": 2.6}
 QUICK_SHAPES = [*DECODE_SHAPES, (256, 8192, 8192), *PREFILL_SHAPES]
 # These need all the kernels that the others use: sizes are arguments, and only a row's length is compiled in (M = 1).
@@ -86,11 +91,12 @@ def candidates_of(case: str, int8: list[Candidate]) -> list[Candidate]:
 
 
 def shapes_of(case: str) -> list[Shape]:
-    return DECODE_SHAPES if case == "decode" else PREFILL_SHAPES
+    return {"decode": DECODE_SHAPES, "groups": GROUPED_SHAPES}.get(case, PREFILL_SHAPES)
 
 
-def bar_of(case: str, shape: Shape) -> float:
-    return BARS["decode M=64" if case == "decode" and shape[0] == 64 else case]
+def bar_of(case: str, shape: Shape) -> str:
+    bar = BARS.get("decode M=64" if case == "decode" and shape[0] == 64 else case)
+    return "" if bar is None else f"{bar:.2f}"
 
 
 def print_table(cases: list[str], rounds: int, ceilings: Ceilings) -> list[dict[str, str | float]]:
@@ -113,7 +119,7 @@ def print_table(cases: list[str], rounds: int, ceilings: Ceilings) -> list[dict[
             floor = ceilings.floor(bytes_moved(shape, 1 if case == "gemm" else 2), 2 * m * n * k)
             for timing in timings:
                 speedup = timings[0].median / timing.median
-                bar = f"{bar_of(case, shape):.2f}" if timing.name.startswith("w4a4") else ""
+                bar = bar_of(case, shape) if timing.name.startswith("w4a4") else ""
                 spread = f"{timing.low:.1f}-{timing.high:.1f}"
                 name = f"{case:6} {shape!s:>19}  {timing.name:33}"
                 figures = f"{timing.median:8.1f} {spread:>15} {floor:6.1f} {speedup:6.2f}x {bar:>5}"
@@ -162,7 +168,7 @@ def compile_ahead(cases: list[str], quick: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = ["gemm", "linear", "norm", "decode"]
+    choices = ["gemm", "linear", "norm", "decode", "groups"]
     parser.add_argument("--cases", nargs="+", choices=choices, default=choices)
     parser.add_argument("--rounds", type=int, default=30, help="replays of every candidate")
     parser.add_argument("--quick", action="store_true", help="sweep tiles of every regime instead of the table")

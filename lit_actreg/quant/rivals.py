@@ -7,9 +7,9 @@ Both are per-token grids of the *rotated* input, rotated back, so that the linea
 the right-hand side being what an integer kernel would run. H is orthogonal and spreads an outlier channel over all the
 channels of its block. They exist for comparison (``fit`` and ``validate``, W16A4): no artifact holds a rotation.
 
-- :func:`fake_quantize_rotated`: min-max grids, the strongest rival that needs no training (QuaRot, arXiv 2404.00456).
+- :func:`fake_quantize_rotated`: min-max grids, a rival that needs no training (after QuaRot, arXiv 2404.00456).
 - :func:`fake_quantize_quest`: a grid of half-integers that is optimal for a Gaussian, and gradients that pass where
-  the rounding error is at most half a step (QuEST, arXiv 2502.05003): the strongest rival in training.
+  the rounding error is at most half a step (QuEST, arXiv 2502.05003): a rival in training.
 """
 
 import torch
