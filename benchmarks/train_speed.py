@@ -1,6 +1,7 @@
 """What QAT and kurtosis regularization cost a training step (the paper's Table 4, arXiv 2404.03605), on one GPU.
 
-    python benchmarks/train_speed.py [--size 98m|125m|1b] [--sequences N] [--accumulate N] [--rounds 8] [--profile]
+    python benchmarks/train_speed.py [--size 98m|125m|1b] [--style llama] [--stream bfloat16]
+                                     [--sequences N] [--accumulate N] [--rounds 8] [--profile]
     python benchmarks/train_speed.py --size tiny --device cpu          # shows that it works; its times mean nothing
 
 Method: one model, one optimizer, one batch of random tokens; a variant is a setting of the model, so all share weights
@@ -11,6 +12,9 @@ timed ones; a figure is the median over rounds. Before that, the fused operators
 formula's, and compiled ones with eager ones, or nothing is printed and the status is 1. The check runs the first
 CHECKED_BLOCKS blocks alone, which are the compiled code of all of them: every block of 4-bit rounding amplifies the
 difference of a last bit, 24 of them to 30 %.
+
+``--style llama``: RMSNorm, SwiGLU and no biases, with 8/3 of the width inside the MLP, so as many parameters, and grids
+as configs/fit_llama.yaml has them. ``--stream bfloat16`` is ``model.shape.stream_dtype``.
 
 Utilization is model FLOPs (:func:`lit_actreg.callbacks.throughput.flops_per_token`) over an H100 SXM's dense bfloat16
 peak; quantization, norms and recomputation count nothing.
@@ -49,6 +53,7 @@ SIZES = {
     "125m": (12, 768, 12, False, 32768, 16, 2048),
     "1b": (24, 1920, 16, False, 32768, 8, 2048),
 }
+LLAMA_GRIDS = {"per_token_sites": ["mlp_proj"], "token_group_size": 64}  # configs/fit_llama.yaml
 CHECKED_BLOCKS = 2
 # Two paths that round the same numbers in different places may differ by as much as one of them from itself when its
 # input is rounded to bfloat16 once more: a value that this takes over an edge is a whole step of the grid off. Below
@@ -66,7 +71,8 @@ class Variant:
     kurtosis: bool
 
     def apply(self, model: Decoder) -> None:
-        model.set_activations(QuantConfig(activations=self.activations))  # type: ignore[arg-type]
+        grids = LLAMA_GRIDS if model.config.style == "llama" else {}
+        model.set_activations(QuantConfig(activations=self.activations, **grids))  # type: ignore[arg-type]
         model.set_fused(self.fused)
         model.set_loss_terms((KURTOSIS,) if self.kurtosis else ())
 
@@ -81,11 +87,14 @@ VARIANTS = (PLAIN, FORMULA, FUSED, KURTOTIC)
 class Trainee:
     """The model, its optimizer and its batch on one device."""
 
-    def __init__(self, size: str, device: str, num_sequences: int | None, accumulate: int) -> None:
+    def __init__(
+        self, size: str, device: str, num_sequences: int | None, accumulate: int, **options: str | None
+    ) -> None:
         layers, width, heads, tied, vocab_size, default, context = SIZES[size]
         num_sequences = num_sequences or default
         torch.manual_seed(0)
-        self.config = ModelConfig(num_layers=layers, width=width, num_heads=heads, context=context, tie_embeddings=tied)
+        shape = {"num_layers": layers, "width": width, "num_heads": heads, "context": context, "tie_embeddings": tied}
+        self.config = ModelConfig(**shape, **options)  # type: ignore[arg-type]
         self.device, self.accumulate = device, accumulate
         with torch.device(device):
             self.model = Decoder(self.config, QuantConfig(), vocab_size)
@@ -126,17 +135,18 @@ class Trainee:
         self.optimizer.step()
 
     def gradients(self, variant: Variant, eager: bool = True, rounded: bool = False) -> dict[str, Tensor]:
-        """Of the whole batch through the first blocks; ``rounded``: with the embedding rounded to bfloat16.
+        """Of the whole batch through the first blocks; ``rounded``: with the stream's start rounded otherwise.
 
-        Eagerly in parts of about 4096 tokens, because the eager formula is hungry for memory. Kurtosis weighs 1, or
-        nobody would see its gradient.
+        That is to bfloat16; where it is bfloat16 anyway, after a factor that moves values across its edges and that the
+        norms divide out. Eagerly in parts of about 4096 tokens, because the eager formula is hungry for memory.
+        Kurtosis weighs 1, or nobody would see its gradient.
         """
         blocks, embedding = self.model.blocks, self.model.embedding.weight.data
         kept = embedding.clone()
         variant.apply(self.model)
         self.model.blocks = blocks[:CHECKED_BLOCKS]
         if rounded:
-            embedding.copy_(embedding.bfloat16())
+            embedding.copy_(embedding * (1 + 2**-9) if self.config.stream_dtype else embedding.bfloat16())
         self.optimizer.zero_grad(set_to_none=True)
         with torch.compiler.set_stance("force_eager" if eager else "default"):
             self.backward(max(1, self.batch[:, 1:].numel() // 4096) if eager else 1, weight=1.0)
@@ -243,6 +253,8 @@ def print_profile(trainee: Trainee, variant: Variant) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="98m")
+    parser.add_argument("--style", choices=["neox", "llama"], default="neox", help="of the block")
+    parser.add_argument("--stream", choices=["bfloat16"], help="type of the residual stream, float32 otherwise")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--sequences", type=int, help="in a pass, instead of the size's own number")
     parser.add_argument("--accumulate", type=int, default=1, help="passes a step")
@@ -250,7 +262,8 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="print the 15 longest kernels of every variant")
     args = parser.parse_args()
     start = time.perf_counter()
-    trainee = Trainee(args.size, args.device, args.sequences, args.accumulate)
+    options = {"style": args.style, "stream_dtype": args.stream}
+    trainee = Trainee(args.size, args.device, args.sequences, args.accumulate, **options)
     if wrong := check_gradients(trainee):
         print("REFUSED: " + "; ".join(wrong))
         return 1
@@ -259,7 +272,10 @@ def main() -> int:
         trainee.step()
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     shape = f"{args.accumulate} × {list(trainee.batch[:, 1:].shape)}"
-    print(f"{args.size}, {shape} tokens a step, {name}, torch {torch.__version__}")
+    model = (
+        f"{args.size} ({trainee.model.num_parameters() / 1e6:.0f} M), {args.style}, {args.stream or 'float32'} stream"
+    )
+    print(f"{model}, {shape} tokens a step, {name}, torch {torch.__version__}")
     print(f"built and compiled in {trainee.clock() - start:.0f} s")
     print_table(trainee, *measure(trainee, args.rounds))
     if args.profile:

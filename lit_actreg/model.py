@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
 from lit_actreg.contracts import LossTerm
-from lit_actreg.quant.fused import fuses, gelu_linear, norm_linear, swiglu_linear
+from lit_actreg.quant.fused import fuses, gelu_linear, norm_linear, swiglu_linear, wide_norm
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
 
 
@@ -100,7 +100,7 @@ class Block(nn.Module):
         x_BTD, _, hidden = norm_linear(self.norm_2, self.mlp_in, x_BTD, attended, gate)
         activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
         y = activation_linear(self.mlp_proj, self.look_at("mlp_in", hidden, statistics))
-        x_BTD = x_BTD + self.look_at("mlp_proj", y, statistics)
+        x_BTD = (x_BTD + self.look_at("mlp_proj", y, statistics)).to(x_BTD.dtype)  # a wider y does not widen the stream
         if not self.loss_terms:
             return x_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
         return x_BTD, torch.stack([statistics[i, site] for i, t in enumerate(self.loss_terms) for site in t.sites])
@@ -162,10 +162,16 @@ class Decoder(nn.Module):
             for site in SITES:
                 getattr(block, site).input_quantizer.fused = fused
 
+    def begin_stream(self, ids: Tensor) -> Tensor:
+        """The residual stream before the first block, [B, T, D], in the type that the blocks keep."""
+        x, device = self.embedding(ids), ids.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return x.bfloat16() if self.config.stream_dtype == "bfloat16" and autocast == torch.bfloat16 else x
+
     def embed(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the blocks take: x [B, T, D] and the rotary cos and sin [T, E]."""
         cos, sin = rotary_angles(ids.shape[1], self.config.head_width, self.config.rope_theta, ids.device)
-        return self.embedding(ids), cos, sin
+        return self.begin_stream(ids), cos, sin
 
     def forward(
         self,
@@ -178,12 +184,12 @@ class Decoder(nn.Module):
         For generation, ``caches`` hold what each block has read before, and ``rotary`` the cos and sin [T, E] of where
         the ids stand.
         """
-        x, cos, sin = self.embed(ids) if rotary is None else (self.embedding(ids), *rotary)
+        x, cos, sin = self.embed(ids) if rotary is None else (self.begin_stream(ids), *rotary)
         statistics = []
         for i, block in enumerate(self.blocks):
             x, block_statistics = block(x, cos, sin) if caches is None else block(x, cos, sin, caches[i])
             statistics.append(block_statistics)
-        return self.norm(x), torch.stack(statistics)
+        return wide_norm(self.norm, x), torch.stack(statistics)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         return self.head(hidden_BTD)

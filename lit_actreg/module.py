@@ -81,6 +81,14 @@ class LitLanguageModel(LightningModule):
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.cross_entropy = next_token_loss
 
+    def setup(self, stage: str) -> None:
+        precision = str(self.trainer.precision)
+        if stage == "fit" and self.shape.stream_dtype is not None and precision not in ("bf16-mixed", "bf16-true"):
+            raise ValueError(
+                f'model.shape.stream_dtype "{self.shape.stream_dtype}" does nothing at trainer.precision {precision}: '
+                "set that to bf16-mixed, or stream_dtype to null"
+            )
+
     def configure_model(self) -> None:
         """Builds the decoder once, new or from a folder; tells it the loss terms; then :mod:`lit_actreg.parallel`."""
         if hasattr(self, "model"):

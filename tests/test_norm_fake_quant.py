@@ -11,6 +11,7 @@ EPS = 1e-5
 # stream, what is added to it (None: nothing), the norm's own output, x̂
 TYPES = [
     (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16),  # bfloat16 autocast
+    (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),  # with the stream in bfloat16, too
     (torch.float32, None, torch.float32, torch.float16),
     (torch.float32, torch.float32, torch.float32, torch.float32),
     (torch.float16, torch.float16, torch.float16, torch.float16),
