@@ -3,11 +3,11 @@
     python benchmarks/decode.py --cases linear            # M = 1, 16, 64: codes in, and quantization included
     python benchmarks/decode.py --cases block             # one token through 24 blocks of the 1 B model
 
-Beside what the tables choose stands what it had to beat: launches of their own, and for one token the launch of the
-other kind (:mod:`lit_actreg_kernels.int4_gemv`). Kernels are compiled on all cores first and checked before they are
-timed: integers over tails and the codes of every bfloat16 number for equality with the reference, outputs as
-:mod:`harness` does, a block's output against that of separate launches. A line is a candidate, µs and speed-up over
-bfloat16, the fastest first. Tiles are searched by `int4_linear.py --quick`.
+Beside what the tables choose stands what it had to beat: launches of their own; for one token the launch of the other
+kind (:mod:`lit_actreg_kernels.int4_gemv`), for more the kernel of other GPUs. Kernels are compiled on all cores first
+and checked before they are timed: integers over tails and the codes of every bfloat16 number for equality with the
+reference, outputs as :mod:`harness` does, a block's output against that of separate launches. A line is a candidate, µs
+and speed-up over bfloat16, the fastest first. Tiles are searched by `int4_linear.py --quick`.
 """
 
 import argparse
@@ -53,7 +53,9 @@ def linear_candidates(shape: Shape) -> list[Candidate]:
     """Baseline first."""
     codes_in, separate = (int4_candidate(chosen(shape), mode) for mode in ("codes", "separate"))
     if shape[0] > 1:
-        return [bf16_candidate(), codes_in, separate]
+        plain = int4_linear.choose_tile(shape[0], shape[1], shape[2] // 2, hopper=False)
+        others = (int4_candidate(plain, mode) for mode in ("codes", "separate")) if on_hopper() else ()
+        return [bf16_candidate(), codes_in, separate, *others]
     fused = cast(GemvTile, chosen(shape, quantizes=True))
     both = (fused, replace(fused, dependent=not fused.dependent)) if on_hopper() else (fused,)
     return [bf16_candidate(), codes_in, *(int4_candidate(tile, "fused") for tile in both), separate]

@@ -37,6 +37,12 @@ FEW = [  # M ≤ 16
     Tile(16, 32, 256, 2, 4, split_k=2),
     Tile(16, 64, 256, 4, 3, split_k=2),
 ]
+HOPPER_FEW = [
+    Tile(16, 64, 256, 4, 4, hopper=True),
+    Tile(16, 64, 256, 4, 4, split_k=2, hopper=True),
+    Tile(16, 64, 256, 4, 8, hopper=True),
+    Tile(16, 64, 128, 4, 8, hopper=True),
+]
 MORE = [  # M ≤ 64
     Tile(64, 32, 256, 4, 3),
     Tile(64, 64, 128, 4, 4),
@@ -44,6 +50,12 @@ MORE = [  # M ≤ 64
     Tile(64, 64, 128, 4, 4, split_k=2),
     Tile(64, 64, 128, 4, 4, split_k=4),
     Tile(64, 128, 128, 8, 3, split_k=2),
+]
+HOPPER_MORE = [
+    Tile(64, 64, 128, 4, 4, hopper=True),
+    Tile(64, 64, 128, 4, 6, hopper=True),
+    Tile(64, 64, 128, 4, 8, hopper=True),
+    Tile(64, 64, 128, 4, 6, split_k=2, hopper=True),
 ]
 
 MODES = ("fused", "separate", "codes")  # of int4_candidate
@@ -71,6 +83,7 @@ def tiles_of(shape: Shape) -> list[Tile | GemvTile]:
         tiles = [chosen(shape, True), *(GemvTile(max(1, step // row), warps, dependent) for step, warps in GEMV)]
     elif m <= 64:
         tiles = [replace(tile, block_m=max(16, m)) for tile in (FEW if m <= 16 else MORE)]
+        tiles += (HOPPER_FEW if m <= 16 else HOPPER_MORE) if on_hopper() else []
     else:
         tiles = [*TRITON_PREFILL, *(HOPPER_PREFILL if on_hopper() else [])]
     first = chosen(shape)
@@ -90,6 +103,8 @@ def tiles_to_check(shape: Shape) -> list[Tile | GemvTile]:
         tiles.append(Tile(64, 128, 128, 8, 3, split_k=2))
     if on_hopper() and k % 16 == 0:
         tiles += HOPPER_PREFILL
+        tiles += [HOPPER_FEW[1]] if m <= 16 else []
+        tiles += HOPPER_MORE[2:] if m <= 64 else []
     return tiles
 
 

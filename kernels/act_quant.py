@@ -16,8 +16,10 @@ learned clips nor CUDA graphs need a synchronization.
 import torch
 import triton
 import triton.language as tl
+from lit_actreg_kernels.dependent_launch import launch_options
 from lit_actreg_kernels.grid import code_range
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _BLOCK = 2048
 # A token of up to this many elements is kept in registers between the two passes of the per-token kernel.
@@ -87,8 +89,12 @@ def _static_kernel(
     num,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets, mask=offsets < num, other=0.0)
     codes = to_codes(x, tl.load(scale_ptr), tl.load(zero_point_ptr), Q_MIN, Q_MAX)
@@ -162,8 +168,9 @@ def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int)
     codes = torch.empty_like(x, dtype=torch.int8)
     if x.numel():
         q_min, q_max = code_range(bits)
-        programs = (triton.cdiv(x.numel(), _BLOCK),)
-        _static_kernel[programs](x, codes, scale, zero_point, x.numel(), q_min, q_max, BLOCK=_BLOCK, num_warps=4)
+        block = _BLOCK if x.numel() > 1 << 18 else _BLOCK // 2  # of few tokens, more programs
+        programs, how = (triton.cdiv(x.numel(), block),), launch_options(x.device, x.numel() // x.shape[-1])
+        _static_kernel[programs](x, codes, scale, zero_point, x.numel(), q_min, q_max, BLOCK=block, num_warps=4, **how)
     return codes
 
 

@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.act_quant import to_codes
+from lit_actreg_kernels.dependent_launch import launch_options
 from lit_actreg_kernels.grid import code_range
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _BLOCK = 1024
 
@@ -38,8 +40,12 @@ def _activation_kernel(
     GATED: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = h < H
@@ -72,6 +78,7 @@ def _launch(x: Tensor, width: int, gated: bool, scale: Tensor, zero_point: Tenso
             Q_MAX=q_max,
             BLOCK=_BLOCK,
             num_warps=4,
+            **launch_options(x.device, programs[0]),
         )
     return codes
 

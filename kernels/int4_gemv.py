@@ -31,13 +31,13 @@ Shapes: x of a float dtype [K] or codes int8 [K]; packed int32 [N, W], the uint8
 seen as words; W ≤ 4096, P a multiple of 16 bytes. One weight scale a channel.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.act_quant import to_code_bytes, to_codes
+from lit_actreg_kernels.dependent_launch import has_dependent_launch
 from lit_actreg_kernels.gelu_quant import gelu, swiglu
 from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.int4_tile import INTERPRETED
@@ -237,11 +237,6 @@ def serves(num_tokens: int, packed: Tensor, num_groups: int) -> bool:
     return num_tokens == 1 and num_groups == 1 and aligned and num_bytes <= 4 * MAX_WORDS
 
 
-@functools.cache
-def _has_dependent_launch(device: torch.device) -> bool:
-    return device.type == "cuda" and not INTERPRETED and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def launches_dependent(device: torch.device, num_bytes: int) -> bool:
     """Whether a decode kernel that reads so many bytes of weights is a dependent launch: on sm_90, up to 16 MB.
 
@@ -249,7 +244,7 @@ def launches_dependent(device: torch.device, num_bytes: int) -> bool:
     multiprocessor at once get in each other's way, and large weights lose more by that (docs/kernels.md). It was
     measured on an H100 only.
     """
-    return num_bytes <= _MAX_DEPENDENT_BYTES and _has_dependent_launch(device)
+    return num_bytes <= _MAX_DEPENDENT_BYTES and has_dependent_launch(device)
 
 
 def choose_gemv_tile(packed: Tensor, quantizes: bool) -> GemvTile:

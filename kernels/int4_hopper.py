@@ -22,6 +22,7 @@ Needs 16-byte rows: K and P multiples of 16. One weight scale a channel. Everyth
 """
 
 import torch
+from lit_actreg_kernels.int4_tile import Tile
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -202,8 +203,8 @@ def _kernel(
 
 
 def operand_layout(block_k: int) -> gl.NVMMASharedLayout:
-    """Shared-memory layout of both operands: rows of block_k bytes, swizzled by as many."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=block_k, element_bitwidth=8, rank=2)
+    """Shared-memory layout of both operands: rows of block_k bytes, swizzled by as many, or by 128."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(block_k, 128), element_bitwidth=8, rank=2)
 
 
 def serves(codes: Tensor, packed: Tensor) -> bool:
@@ -222,21 +223,18 @@ def int4_prefill(
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
-    block: tuple[int, int, int],
-    num_warps: int,
-    num_stages: int,
+    tile: Tile,
 ) -> None:
-    """Writes y [M, N]; ``block`` is (tokens, outputs, packed bytes a step). See :func:`.int4_linear.int4_linear`."""
+    """Writes y [M, N]. See :func:`.int4_linear.int4_linear`."""
     (num_tokens, num_outputs), num_bytes = y.shape, packed.shape[1]
-    block_m, block_n, block_k = block
-    layout = operand_layout(block_k)
-    num_tiles = -(-num_tokens // block_m) * -(-num_outputs // block_n)
+    layout = operand_layout(tile.block_k)
+    num_tiles = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n)
     # Two warp groups take all registers of a multiprocessor: one program of eight warps, or two of four.
     num_sms = torch.cuda.get_device_properties(codes.device).multi_processor_count
-    programs = min(num_tiles, num_sms * max(1, 8 // num_warps))
+    programs = min(num_tiles, num_sms * max(1, 8 // tile.num_warps))
     _kernel[(programs,)](
-        TensorDescriptor.from_tensor(codes, [block_m, block_k], layout),
-        TensorDescriptor.from_tensor(packed, [block_n, block_k], layout),
+        TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], layout),
+        TensorDescriptor.from_tensor(packed, [tile.block_n, tile.block_k], layout),
         y,
         act_scale,
         act_zero_point,
@@ -250,7 +248,7 @@ def int4_prefill(
         PER_TOKEN=act_scale.numel() > 1,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        STAGES=num_stages,
+        STAGES=tile.num_stages,
         GROUP_M=8,
-        num_warps=num_warps,
+        num_warps=tile.num_warps,
     )

@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels import dequantize
+from lit_actreg_kernels.dependent_launch import MAX_TOKENS
 from lit_actreg_kernels.int4_gemv import GemvTile, int4_gemv
 from lit_actreg_kernels.int4_gemv import serves as gemv_serves
 from lit_actreg_kernels.int4_grouped import int4_grouped_linear
@@ -115,6 +116,8 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool)
         hopper: Whether :mod:`.int4_hopper` serves the tensors. The other tiles fit the 99 KB of shared memory of the
             smallest GPUs.
     """
+    if hopper and num_tokens <= MAX_TOKENS:
+        return choose_decode_tile(num_tokens, num_outputs, num_bytes)
     if num_tokens <= 16:
         split_k = split_for(triton.cdiv(num_outputs, 32), num_bytes, num_programs=64)
         return Tile(16, 32, 256, num_warps=2, num_stages=4, split_k=split_k)
@@ -130,6 +133,21 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool)
     if square > 66:
         return Tile(128, 128, 64, num_warps=4, num_stages=4, hopper=hopper)
     return Tile(64, 64, 128, num_warps=4, num_stages=4)
+
+
+def choose_decode_tile(num_tokens: int, num_outputs: int, num_bytes: int) -> Tile:
+    """The tile of :mod:`.int4_hopper_decode` for 2 to 64 tokens.
+
+    Its buffers leave room for two programs a multiprocessor up to 32 tokens, and where 64 tokens have more than 132.
+    """
+    num_tiles = triton.cdiv(num_outputs, 64)
+    if num_tokens <= 32:
+        block_m, num_stages = (16, 4) if num_tokens <= 16 else (32, 3)
+        split_k = split_for(num_tiles, num_bytes, num_programs=264)
+        return Tile(block_m, 64, 256, num_warps=4, num_stages=num_stages, split_k=split_k, hopper=True)
+    split_k = split_for(num_tiles, num_bytes, num_programs=132)
+    num_stages = 4 if num_tiles > 132 else 8 if split_k == 1 else 6
+    return Tile(64, 64, 128, num_warps=4, num_stages=num_stages, split_k=split_k, hopper=True)
 
 
 def split_for(num_tiles: int, num_bytes: int, num_programs: int) -> int:
@@ -201,8 +219,12 @@ def int4_linear(
     if tile.hopper:
         if hopper is None or not serves:
             raise ValueError("the hopper tile takes sm_90, and int8 codes with K and P multiples of 16")
-        block = (tile.block_m, tile.block_n, tile.block_k)
-        hopper.int4_prefill(x, packed, *epilogue, y, block, tile.num_warps, tile.num_stages)
+        if tile.block_m > MAX_TOKENS:
+            hopper.int4_prefill(x, packed, *epilogue, y, tile)
+        else:
+            from lit_actreg_kernels.int4_hopper_decode import int4_decode  # like hopper, only where there is Gluon
+
+            int4_decode(x, packed, *epilogue, y, tile)
         return y
     num_tiles = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_outputs, tile.block_n)
     partial, tickets = None, None

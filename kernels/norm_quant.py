@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.act_quant import num_warps_for, to_codes
+from lit_actreg_kernels.dependent_launch import launch_options
 from lit_actreg_kernels.grid import code_range
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -43,8 +45,12 @@ def _norm_kernel(
     HAS_BIAS: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     inside = k < K
@@ -82,5 +88,6 @@ def norm_quantize(
             Q_MAX=q_max,
             BLOCK_K=block,
             num_warps=num_warps_for(block),
+            **launch_options(x.device, x.numel() // num_columns),
         )
     return codes

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from lit_actreg_kernels import grid, int4_gemv, int4_linear, reference
+from lit_actreg_kernels import dependent_launch, grid, int4_gemv, int4_linear, reference
 from lit_actreg_kernels.int4_gemv import GemvTile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,15 +134,15 @@ def test_a_program_has_its_share_of_weights(num_bytes, quantizes, step):
 
 
 def test_dependent_launch_is_for_small_weights_on_one_kind_of_gpu(monkeypatch):
-    monkeypatch.setattr(int4_gemv, "INTERPRETED", False)
+    monkeypatch.setattr(dependent_launch, "INTERPRETED", False)
     device = torch.device("cuda")
     for capability in [(8, 0), (9, 0), (10, 0)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        int4_gemv._has_dependent_launch.cache_clear()
+        dependent_launch.has_dependent_launch.cache_clear()
         on_hopper = capability == (9, 0)
         found = [int4_gemv.launches_dependent(device, n * k // 2) for n, k in ((4096, 4096), (11008, 4096))]
         assert found == [on_hopper, False]
-    int4_gemv._has_dependent_launch.cache_clear()
+    dependent_launch.has_dependent_launch.cache_clear()
     assert not int4_gemv.launches_dependent(torch.device("cpu"), 0)
 
 

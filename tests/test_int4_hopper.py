@@ -1,4 +1,4 @@
-"""The Gluon kernel: compiled for sm_90 here and everywhere; its answers are checked where there is such a GPU.
+"""The Gluon kernels: compiled for sm_90 here and everywhere; their answers are checked where there is such a GPU.
 
 Gluon has no interpreter, so without a GPU the test is that the compiler keeps the pipeline: ptxas says (C75..) when it
 has to wait after every `wgmma`, and spilled registers would show as local memory.
@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from lit_actreg_kernels import grid, int4_hopper, int4_linear, reference
+from lit_actreg_kernels import grid, int4_hopper, int4_linear, ops, reference
 from lit_actreg_kernels.int4_linear import Tile
 
 on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -18,35 +18,58 @@ needs_hopper = pytest.mark.skipif(not on_hopper, reason="needs a GPU of compute 
 # The last one has more tiles than programs.
 SHAPES = [(1, 8, 16), (70, 33, 272), (300, 520, 1040), (257, 1000, 4096), (2600, 2100, 528)]
 TILES = [Tile(128, 256, 64, 8, 4, hopper=True), Tile(128, 128, 64, 4, 4, hopper=True)]
+FEW_SHAPES = [(2, 8, 16), (3, 33, 272), (16, 520, 1040), (13, 4100, 4096), (16, 8200, 528)]
+FEW_TILES = [Tile(16, 64, 256, 4, 4, split_k=n, hopper=True) for n in (1, 3)] + [
+    Tile(32, 64, 256, 4, 3, hopper=True),
+    Tile(64, 64, 128, 4, 8, hopper=True),
+    Tile(64, 64, 128, 4, 4, split_k=2, hopper=True),
+]
 
 COMPILE = """
 import subprocess, tempfile, triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon._runtime import GluonASTSource
-from lit_actreg_kernels.int4_hopper import _kernel, operand_layout
-layout = operand_layout(64)
-constants = dict(PER_TOKEN=False, HAS_BIAS=True, HAS_RESIDUAL=False, STAGES=4, GROUP_M=8, num_warps=8)
-types = dict(codes_desc=f"tensordesc<i8[128, 64],{layout!r}>", packed_desc=f"tensordesc<u8[256, 64],{layout!r}>")
-types |= dict.fromkeys(["y_ptr", "residual_ptr"], "*bf16") | dict.fromkeys("MNP", "i32") | {"weight_sums_ptr": "*i32"}
-signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in _kernel.arg_names}
-source = GluonASTSource(_kernel, signature, constants, {})
-ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+from lit_actreg_kernels.{module} import _kernel, operand_layout
+block_m, block_n, block_k, num_warps, num_stages = {tile}
+layout = operand_layout(block_k)
+constants = dict(PER_TOKEN=False, HAS_BIAS=True, HAS_RESIDUAL=False, STAGES=num_stages, num_warps=num_warps, {more})
+codes, packed = f"i8[{{block_m}}, {{block_k}}]", f"u8[{{block_n}}, {{block_k}}]"
+types = dict(codes_desc=f"tensordesc<{{codes}},{{layout!r}}>", packed_desc=f"tensordesc<{{packed}},{{layout!r}}>")
+types |= dict.fromkeys(["y_ptr", "residual_ptr"], "*bf16") | dict.fromkeys("MNP", "i32")
+types |= dict.fromkeys(["weight_sums_ptr", "partial_ptr", "ticket_ptr"], "*i32")
+signature = {{n: "constexpr" if n in constants else types.get(n, "*fp32") for n in _kernel.arg_names}}
+source = GluonASTSource(_kernel, signature, constants, {{}})
+ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": num_warps}}).asm["ptx"]
 ptxas = get_ptxas(90).path
 with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
     file.write(ptx)
     file.flush()
     subprocess.run([ptxas, "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"], check=True)
-print("wgmma", ptx.count("wgmma.mma_async"))
+before_wait, _, _ = ptx.partition("griddepcontrol.wait")
+print("wgmma", ptx.count("wgmma.mma_async"), "weights before", before_wait.count("cp.async.bulk"))
 """
+PREFILL = dict(module="int4_hopper", tile=(128, 256, 64, 8, 4), more="GROUP_M=8")
+DECODE = dict(module="int4_hopper_decode", tile=(64, 64, 128, 4, 8), more="SPLIT_K=2")
 
 
-def test_compiles_without_waits_or_spills(tmp_path):
+@pytest.mark.parametrize(
+    ("kernel", "counts"),
+    [
+        # 8 steps of 2 nibbles, 2 row tiles a warp group and 2 times 32 columns
+        (PREFILL, "wgmma 64"),
+        # a loop over steps of 2 nibbles and 4 times 32 columns; all 8 buffers are asked for before the wait
+        (DECODE, "wgmma 8 weights before 8"),
+    ],
+)
+def test_compiles_without_waits_or_spills(tmp_path, kernel, counts):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE.format(**kernel)], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "wgmma 64" in result.stdout  # 8 steps of 2 nibbles, 2 row tiles a warp group and 2 times 32 columns
+    assert counts in result.stdout
     assert "C75" not in result.stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in result.stderr
 
@@ -59,8 +82,11 @@ def problem(m, n, k):
 
 
 @needs_hopper
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize(
+    ("tile", "m", "n", "k"),
+    [(tile, *shape) for tile in TILES for shape in SHAPES]
+    + [(tile, *shape) for tile in FEW_TILES for shape in [*FEW_SHAPES, (tile.block_m, 700, 8192)]],
+)
 def test_integer_accumulators_are_equal(tile, m, n, k):
     codes, packed, sums, weight_codes = problem(m, n, k)
     unit = torch.ones(1), torch.zeros(1), torch.ones(n, 1), sums
@@ -71,11 +97,11 @@ def test_integer_accumulators_are_equal(tile, m, n, k):
 
 
 @needs_hopper
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", TILES + FEW_TILES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_epilogue(tile, dtype, per_token):
-    m, n, k = 150, 260, 512
+    m, n, k = (150 if tile in TILES else tile.block_m - 3), 260, 512
     codes, packed, sums, _ = problem(m, n, k)
     shape = (m, 1) if per_token else (1,)
     act_scale, zero_point = torch.rand(shape) + 0.1, torch.randint(-8, 8, shape) + 0.25
@@ -107,3 +133,25 @@ def test_what_it_does_not_serve_is_computed_by_other_tiles(k):
     arguments = [tensor.cuda() for tensor in (codes, packed, torch.ones(1), torch.zeros(1), torch.ones(n, 1), sums)]
     y = int4_linear.int4_linear(*arguments, None, None, torch.float32).cpu()
     assert torch.equal(y, (codes.double() @ weight_codes.double().T).float())
+
+
+@needs_hopper
+@pytest.mark.parametrize("m", [5, 40])
+def test_a_chain_of_dependent_launches_is_a_chain(m):
+    """Every layer reads what the one before wrote: quantizer and product, again and again, as in plain PyTorch."""
+    n = 4096
+    weight_codes = torch.randint(-8, 8, (n, n), dtype=torch.int8)
+    packed, scale = (
+        grid.pack_int4(weight_codes).cuda(),
+        torch.full((n, 1), 2.0**-8).cuda(),
+    )  # no rounding in the epilogue
+    static = torch.tensor([0.25]).cuda(), torch.tensor([0.5]).cuda()
+    rest = (scale, reference.weight_sums(weight_codes, 1).cuda(), None, None)
+    x = torch.randn(m, n).cuda()
+    expected = x
+    for _ in range(50):
+        x = ops.quantized_int4_linear(x, packed, *static, 4, *rest)
+        codes = reference.quantize_activation(expected, *static, 4)
+        expected = reference.int4_linear(codes, packed, *static, *rest, torch.float32)
+    assert expected.std() > 0.1
+    assert torch.equal(x, expected)

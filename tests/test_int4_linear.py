@@ -138,13 +138,19 @@ SMALL = Tile(64, 64, 128, 4, 4)
         (512, 4096, 2048, True, SQUARE),  # 64 of them, but 128 of 128 x 128
         (256, 4096, 2048, True, SMALL),  # 64 of those
         (100, 33, 16, False, SMALL),
-        (64, 8192, 4096, True, Tile(64, 64, 128, 4, 4, split_k=2)),
+        (64, 8192, 4096, True, Tile(64, 64, 128, 4, 8, hopper=True)),
+        (64, 4096, 2048, True, Tile(64, 64, 128, 4, 6, split_k=2, hopper=True)),
+        (64, 11008, 2048, True, Tile(64, 64, 128, 4, 4, hopper=True)),
+        (32, 11008, 2048, True, Tile(32, 64, 256, 4, 3, hopper=True)),
+        (16, 8192, 4096, True, Tile(16, 64, 256, 4, 4, split_k=2, hopper=True)),
+        (2, 1024, 4096, True, Tile(16, 64, 256, 4, 4, split_k=4, hopper=True)),
+        (64, 8192, 4096, False, Tile(64, 64, 128, 4, 4, split_k=2)),
         (64, 4096, 2048, False, Tile(64, 64, 128, 4, 4, split_k=2)),
-        (64, 11008, 2048, True, Tile(64, 64, 128, 4, 4)),
-        (32, 1024, 4096, True, Tile(32, 64, 128, 4, 4, split_k=4)),
-        (16, 4096, 2048, True, Tile(16, 32, 256, 2, 4)),
-        (16, 11008, 2048, True, Tile(16, 32, 256, 2, 4)),
-        (2, 1024, 4096, True, Tile(16, 32, 256, 2, 4, split_k=2)),
+        (64, 11008, 2048, False, Tile(64, 64, 128, 4, 4)),
+        (32, 1024, 4096, False, Tile(32, 64, 128, 4, 4, split_k=4)),
+        (16, 4096, 2048, False, Tile(16, 32, 256, 2, 4)),
+        (16, 11008, 2048, False, Tile(16, 32, 256, 2, 4)),
+        (2, 1024, 4096, False, Tile(16, 32, 256, 2, 4, split_k=2)),
     ],
 )
 def test_choice_by_regime(m, n, p, hopper, tile):

@@ -1,0 +1,32 @@
+"""Programmatic dependent launch (sm_90): a kernel that starts while the one before it in the stream still runs.
+
+It may ask at once for what a running model never writes, weights above all. Then it waits (`griddepcontrol.wait`) until
+the kernel before has ended and its writes are seen. A kernel that lets the next one start early does so by
+`griddepcontrol.launch_dependents`. Three rules keep a chain of such kernels right:
+
+- every program waits before it reads what another kernel wrote, and before it writes anything;
+- so a kernel ends after the one before it, and to wait for the last one is to wait for all;
+- weights, their scales and sums, biases, norms and a layer's grids are read before the wait: whoever writes such a
+  tensor must not launch the product right behind.
+
+It is used up to 64 tokens, where the latency of a launch and of a kernel's first loads is a good part of the time.
+"""
+
+import functools
+
+import torch
+from lit_actreg_kernels.int4_tile import INTERPRETED
+
+MAX_TOKENS = 64
+
+
+@functools.cache
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether kernels of few tokens use it on this device: on sm_90, where it was measured."""
+    return device.type == "cuda" and not INTERPRETED and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def launch_options(device: torch.device, num_tokens: int) -> dict[str, bool]:
+    """What a quantizer of so many tokens, which has an argument DEPENDENT, is launched with."""
+    dependent = num_tokens <= MAX_TOKENS and has_dependent_launch(device)
+    return {"DEPENDENT": dependent, **({"launch_pdl": True} if dependent else {})}
