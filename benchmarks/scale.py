@@ -69,7 +69,8 @@ def main() -> None:
     config = ModelConfig(**given["model"]["shape"], context=data["context"])
     with torch.device("meta"):
         model = Decoder(config, QuantConfig(), data["vocab_size"])
-    total, flops = model.num_parameters(), flops_per_token(config, num_block_parameters(model), data["vocab_size"])
+    shape = config, num_block_parameters(model), data["vocab_size"]
+    total, flops = model.num_parameters(), flops_per_token(*shape, data["context"])
     step = data["batch_size"] * data["context"] * trainer["devices"] * trainer["accumulate_grad_batches"]
     print(f"{total / 1e6:.0f} M parameters, {flops / 1e9:.2f} GFLOP a token, {step:,} tokens a step")
 

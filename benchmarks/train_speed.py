@@ -101,7 +101,7 @@ class Trainee:
         self.batch = torch.randint(vocab_size, (num_sequences, context + 1), device=device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device == "cuda")
         self.loss = next_token_loss
-        self.flops_per_token = flops_per_token(self.config, num_block_parameters(self.model), vocab_size)
+        self.flops_per_token = flops_per_token(self.config, num_block_parameters(self.model), vocab_size, context)
         self.calibrate()
         if device == "cuda":
             compile_blocks(self.model)

@@ -27,16 +27,16 @@ def test_model_flops_are_those_of_a_step(style, tie):
         hidden, _ = model(ids[:, :-1])
         next_token_loss(model.head, hidden, ids[:, 1:]).backward()
     c = model.config
-    half_of_attention = 6 * c.num_layers * c.context * c.width
+    half_of_attention = 6 * c.num_layers * 64 * c.width
     vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)  # no matrix product
-    expected = flops_per_token(c, num_block_parameters(model) - vectors, VOCAB_SIZE) + half_of_attention
+    expected = flops_per_token(c, num_block_parameters(model) - vectors, VOCAB_SIZE, 64) + half_of_attention
     assert counter.get_total_flops() == expected * 2 * 64
 
 
 def test_the_papers_shape_has_the_flops_that_the_docs_say():
     paper = ModelConfig(num_layers=24, width=1920, num_heads=16, context=2048, tie_embeddings=False)
     blocks = 24 * 12 * 1920**2  # biases and norms aside
-    assert flops_per_token(paper, blocks, 50432) == pytest.approx(7.52e9, rel=1e-3)
+    assert flops_per_token(paper, blocks, 50432, 2048) == pytest.approx(7.52e9, rel=1e-3)
     attention = 6 * 24 * 2048 * 1920
     assert attention / 7.52e9 == pytest.approx(0.08, abs=0.005)
 
@@ -68,6 +68,7 @@ def test_what_is_logged_follows_from_tokens_and_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PackedBlocks, "__getitems__", slow)
     module, data = lit_module(), datamodule(write_corpus(tmp_path / "corpus"), batch_size=4)
+    module.shape.context = 8 * CONTEXT  # a model from elsewhere may know longer sequences than it is trained on
     options = {"accumulate_grad_batches": 3, "log_every_n_steps": 2, "limit_val_batches": 3, "val_check_interval": 7}
     engine = trainer([Throughput(peak_tflops=1e-3)], steps=8, **options)
     start = time.perf_counter()
@@ -75,7 +76,7 @@ def test_what_is_logged_follows_from_tokens_and_time(tmp_path, monkeypatch):
     seconds = time.perf_counter() - start
     logged = {name: engine.logger.of(f"train/{name}") for name in ("tokens_per_second", "mfu", "hours_left")}
     assert all(list(values) == [3, 5, 7] for values in logged.values())
-    flops = flops_per_token(module.shape, num_block_parameters(module.model), module.vocab_size)
+    flops = flops_per_token(module.shape, num_block_parameters(module.model), module.vocab_size, CONTEXT)
     waits, spent = engine.logger.of("train/data_wait_seconds"), 0.0
     for step, rate in logged["tokens_per_second"].items():
         interval = 2 * 3 * 4 * CONTEXT / rate

@@ -6,7 +6,7 @@
 
 N: parameters of blocks and norms, without the embedding; V · D: the head, tied to the embedding or not, which is a
 matrix product; the embedding itself is a look-up. Each weight is used once forward (2) and twice backward (4). The
-second term is attention, Q Kᵀ and the weighted sum of V, over L layers of width D at T tokens of context. It would be
+second term is attention, Q Kᵀ and the weighted sum of V, over L layers of width D in sequences of T tokens. It would be
 12 · L · T · D if every token attended to all T; **causal attention, half of it, is what is counted here**. PaLM's
 convention (arXiv 2204.02311, appendix B) counts all: at the paper's 1 B shape (24 × 1920, T = 2048) 8 % more.
 Not counted: norms, softmax, fake quantization, and what activation checkpointing computes again.
@@ -44,16 +44,17 @@ PEAK_TFLOPS = {
 }
 
 
-def flops_per_token(config: ModelConfig, num_block_parameters: int, vocab_size: int) -> int:
-    """Model FLOPs of training on one token of a full context, causal attention counted as half.
+def flops_per_token(config: ModelConfig, num_block_parameters: int, vocab_size: int, num_tokens: int) -> int:
+    """Model FLOPs of training on one token, causal attention counted as half.
 
     Args:
         config: Shape of the decoder.
         num_block_parameters: Parameters without the embedding and the head.
         vocab_size: Rows of the head.
+        num_tokens: T, of a training sequence (the model may know longer ones).
     """
     weights = num_block_parameters + vocab_size * config.width
-    return 6 * weights + 6 * config.num_layers * config.context * config.width
+    return 6 * weights + 6 * config.num_layers * num_tokens * config.width
 
 
 def num_block_parameters(model: Decoder) -> int:
@@ -82,18 +83,21 @@ class Throughput(Callback):
 
     def __init__(self, peak_tflops: float | None = None) -> None:
         self.peak_tflops = peak_tflops
-        self._tokens = 0
+        self._tokens = self._flops = 0
         self._since = self._waited = self._paused = 0.0
-        self._logged_step = self._flops = 0
+        self._logged_step = self._block_parameters = 0
         self._peak: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitLanguageModel)
-        model = pl_module.model
-        self._flops = flops_per_token(model.config, num_block_parameters(model), model.vocab_size)
+        self._block_parameters = num_block_parameters(pl_module.model)
         known = peak_flops(pl_module.device, str(trainer.precision))
         self._peak = 1e12 * self.peak_tflops if self.peak_tflops else known
-        self._since, self._tokens = 0.0, 0  # the first batches compile: the clock starts at the first log
+        self._since, self._tokens, self._flops = (
+            0.0,
+            0,
+            0,
+        )  # the first batches compile: the clock starts at the first log
         self._logged_step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,7 +109,10 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
-        self._tokens += batch[:, 1:].numel() * trainer.world_size
+        assert isinstance(pl_module, LitLanguageModel)
+        model, tokens, length = pl_module.model, batch[:, 1:].numel() * trainer.world_size, batch.shape[1] - 1
+        self._tokens += tokens
+        self._flops += tokens * flops_per_token(model.config, self._block_parameters, model.vocab_size, length)
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step % every or step == self._logged_step:
             return
@@ -115,13 +122,14 @@ class Throughput(Callback):
             for name, value in self.numbers(trainer, now - self._since, step - self._logged_step).items():
                 pl_module.log(f"train/{name}", value, prog_bar=True)
             pl_module.log("train/data_wait_seconds", waited - self._waited, prog_bar=True)
-        self._since, self._waited, self._tokens, self._logged_step = now, waited, 0, step
+        self._since, self._waited, self._logged_step = now, waited, step
+        self._tokens = self._flops = 0
 
     def numbers(self, trainer: Trainer, seconds: float, steps: int) -> dict[str, float]:
-        """What ``self._tokens`` tokens in so many seconds and optimizer steps mean."""
+        """What the tokens and FLOPs counted mean in so many seconds and optimizer steps."""
         found = {"tokens_per_second": self._tokens / seconds}
         if self._peak:
-            found["mfu"] = found["tokens_per_second"] * self._flops / (trainer.world_size * self._peak)
+            found["mfu"] = self._flops / (seconds * trainer.world_size * self._peak)
         if trainer.max_steps > 0:
             found["hours_left"] = (trainer.max_steps - trainer.global_step) * seconds / steps / 3600
         return found
