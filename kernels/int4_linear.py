@@ -141,11 +141,10 @@ def choose_decode_tile(num_tokens: int, num_outputs: int, num_bytes: int) -> Til
     Its buffers leave room for two programs a multiprocessor up to 32 tokens, and where 64 tokens have more than 132.
     """
     num_tiles = triton.cdiv(num_outputs, 64)
+    split_k = split_for(num_tiles, num_bytes, num_programs=264 if num_tokens <= 16 else 132)
     if num_tokens <= 32:
         block_m, num_stages = (16, 4) if num_tokens <= 16 else (32, 3)
-        split_k = split_for(num_tiles, num_bytes, num_programs=264)
         return Tile(block_m, 64, 256, num_warps=4, num_stages=num_stages, split_k=split_k, hopper=True)
-    split_k = split_for(num_tiles, num_bytes, num_programs=132)
     num_stages = 4 if num_tiles > 132 else 8 if split_k == 1 else 6
     return Tile(64, 64, 128, num_warps=4, num_stages=num_stages, split_k=split_k, hopper=True)
 
