@@ -1,6 +1,6 @@
 """What QAT and kurtosis regularization cost a training step (the paper's Table 4, arXiv 2404.03605), on one GPU.
 
-    python benchmarks/train_speed.py [--size 98m|125m|1b] [--style llama] [--stream bfloat16]
+    python benchmarks/train_speed.py [--size 98m|125m|1b] [--style llama] [--bfloat16-stream]
                                      [--sequences N] [--accumulate N] [--rounds 8] [--profile]
     python benchmarks/train_speed.py --size tiny --device cpu          # shows that it works; its times mean nothing
 
@@ -14,7 +14,7 @@ CHECKED_BLOCKS blocks alone, which are the compiled code of all of them: every b
 difference of a last bit, 24 of them to 30 %.
 
 ``--style llama``: RMSNorm, SwiGLU and no biases, with 8/3 of the width inside the MLP, so as many parameters, and grids
-as configs/fit_llama.yaml has them. ``--stream bfloat16`` is ``model.shape.stream_dtype``.
+as configs/fit_llama.yaml has them. ``--bfloat16-stream`` is ``model.bfloat16_stream``.
 
 Utilization is model FLOPs (:func:`lit_actreg.callbacks.throughput.flops_per_token`) over an H100 SXM's dense bfloat16
 peak; quantization, norms and recomputation count nothing.
@@ -26,6 +26,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -88,16 +89,23 @@ class Trainee:
     """The model, its optimizer and its batch on one device."""
 
     def __init__(
-        self, size: str, device: str, num_sequences: int | None, accumulate: int, **options: str | None
+        self,
+        size: str,
+        device: str,
+        num_sequences: int | None,
+        accumulate: int,
+        style: Literal["neox", "llama"] = "neox",
+        bfloat16_stream: bool = False,
     ) -> None:
         layers, width, heads, tied, vocab_size, default, context = SIZES[size]
         num_sequences = num_sequences or default
         torch.manual_seed(0)
-        shape = {"num_layers": layers, "width": width, "num_heads": heads, "context": context, "tie_embeddings": tied}
-        self.config = ModelConfig(**shape, **options)  # type: ignore[arg-type]
+        shape = {"num_layers": layers, "width": width, "num_heads": heads, "context": context}
+        self.config = ModelConfig(style=style, tie_embeddings=tied, **shape)
         self.device, self.accumulate = device, accumulate
         with torch.device(device):
             self.model = Decoder(self.config, QuantConfig(), vocab_size)
+        self.model.bfloat16_stream = bfloat16_stream
         self.batch = torch.randint(vocab_size, (num_sequences, context + 1), device=device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device == "cuda")
         self.loss = next_token_loss
@@ -146,7 +154,7 @@ class Trainee:
         variant.apply(self.model)
         self.model.blocks = blocks[:CHECKED_BLOCKS]
         if rounded:
-            embedding.copy_(embedding * (1 + 2**-9) if self.config.stream_dtype else embedding.bfloat16())
+            embedding.copy_(embedding * (1 + 2**-9) if self.model.bfloat16_stream else embedding.bfloat16())
         self.optimizer.zero_grad(set_to_none=True)
         with torch.compiler.set_stance("force_eager" if eager else "default"):
             self.backward(max(1, self.batch[:, 1:].numel() // 4096) if eager else 1, weight=1.0)
@@ -254,7 +262,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="98m")
     parser.add_argument("--style", choices=["neox", "llama"], default="neox", help="of the block")
-    parser.add_argument("--stream", choices=["bfloat16"], help="type of the residual stream, float32 otherwise")
+    parser.add_argument("--bfloat16-stream", action="store_true", help="the residual stream in bfloat16, not float32")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--sequences", type=int, help="in a pass, instead of the size's own number")
     parser.add_argument("--accumulate", type=int, default=1, help="passes a step")
@@ -262,8 +270,7 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="print the 15 longest kernels of every variant")
     args = parser.parse_args()
     start = time.perf_counter()
-    options = {"style": args.style, "stream_dtype": args.stream}
-    trainee = Trainee(args.size, args.device, args.sequences, args.accumulate, **options)
+    trainee = Trainee(args.size, args.device, args.sequences, args.accumulate, args.style, args.bfloat16_stream)
     if wrong := check_gradients(trainee):
         print("REFUSED: " + "; ".join(wrong))
         return 1
@@ -272,9 +279,8 @@ def main() -> int:
         trainee.step()
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     shape = f"{args.accumulate} × {list(trainee.batch[:, 1:].shape)}"
-    model = (
-        f"{args.size} ({trainee.model.num_parameters() / 1e6:.0f} M), {args.style}, {args.stream or 'float32'} stream"
-    )
+    million = trainee.model.num_parameters() / 1e6
+    model = f"{args.size} ({million:.0f} M), {args.style}{', bfloat16 stream' if args.bfloat16_stream else ''}"
     print(f"{model}, {shape} tokens a step, {name}, torch {torch.__version__}")
     print(f"built and compiled in {trainee.clock() - start:.0f} s")
     print_table(trainee, *measure(trainee, args.rounds))

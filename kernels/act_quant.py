@@ -110,9 +110,13 @@ def _per_token_kernel(
     K,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -194,6 +198,7 @@ def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor,
             BLOCK_K=block,
             ONE_BLOCK=num_columns <= block,
             num_warps=num_warps_for(block),
+            **launch_options(x.device, scale.numel()),
         )
     return codes, scale, zero_point
 

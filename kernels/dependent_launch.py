@@ -1,13 +1,16 @@
 """Programmatic dependent launch (sm_90): a kernel that starts while the one before it in the stream still runs.
 
 It may ask at once for what a running model never writes, weights above all. Then it waits (`griddepcontrol.wait`) until
-the kernel before has ended and its writes are seen. A kernel that lets the next one start early does so by
-`griddepcontrol.launch_dependents`. Three rules keep a chain of such kernels right:
+the kernel before has ended and its writes are seen. A kernel lets the next one start early by
+`griddepcontrol.launch_dependents`: a quantizer, which has nothing to ask for, before its own wait, so that the product
+behind it fetches weights meanwhile; a product after it, so that no third kernel takes registers.
 
-- every program waits before it reads what another kernel wrote, and before it writes anything;
-- so a kernel ends after the one before it, and to wait for the last one is to wait for all;
-- weights, their scales and sums, biases, norms and a layer's grids are read before the wait: whoever writes such a
-  tensor must not launch the product right behind.
+Two rules keep a chain of such kernels right:
+
+- Every program waits before it reads what another kernel wrote, and before it writes anything. So a kernel ends after
+  the one before it, and to wait for the last one is to wait for all; a buffer that is used again is safe.
+- Weights, their scales and sums, biases, norms and a layer's grids may be read before the wait. Whoever writes such a
+  tensor synchronizes before the product is launched, be it right behind or behind a quantizer.
 
 It is used up to 64 tokens, where the latency of a launch and of a kernel's first loads is a good part of the time.
 """

@@ -25,7 +25,7 @@ linear's codes. SwiGLU's row h of the gate and row h of the other half are in th
 and wait (`griddepcontrol.wait`) before it reads what that one writes. What a running model never writes is asked for
 before the wait: weights with their scales and sums, bias, norm, output grid. Whoever writes such a tensor must not
 launch the product right behind. The grid of the activations is read after it: a token's own is the output of the kernel
-before. The one after this may start when the wait is over, and not before, so that never more than two hold registers.
+before. The one after this may start when the wait is over, and not before (:mod:`.dependent_launch`).
 
 Shapes: x of a float dtype [K] or codes int8 [K]; packed int32 [N, W], the uint8 [N, P = 4 W] of :mod:`.int4_linear`
 seen as words; W ≤ 4096, P a multiple of 16 bytes. One weight scale a channel.

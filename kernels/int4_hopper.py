@@ -36,18 +36,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Gluon is experimental and renames things: Triton 3.6 and the releases after it are both served.
-_tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 if hasattr(mbarrier, "allocate_mbarrier"):
 
     @gluon.jit
-    def _allocate_barriers(NUM: gl.constexpr):
+    def allocate_barriers(NUM: gl.constexpr):
         return mbarrier.allocate_mbarrier(batch=NUM)
 
 else:
 
     @gluon.jit
-    def _allocate_barriers(NUM: gl.constexpr):
+    def allocate_barriers(NUM: gl.constexpr):
         return gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
 
 
@@ -77,9 +78,9 @@ def _fetch(codes_desc, packed_desc, codes_smem, packed_smem, filled, step, stage
     barrier = filled.index(stage)
     mbarrier.expect(barrier, packed_desc.block_type.nbytes + 2 * codes_desc.block_type.nbytes, pred=wanted)
     j = step * BLOCK_K
-    _tma_load(packed_desc, [n, j], barrier, packed_smem.index(stage), pred=wanted)
-    _tma_load(codes_desc, [m, j], barrier, codes_smem.index(2 * stage), pred=wanted)
-    _tma_load(codes_desc, [m, P + j], barrier, codes_smem.index(2 * stage + 1), pred=wanted)
+    tma_load(packed_desc, [n, j], barrier, packed_smem.index(stage), pred=wanted)
+    tma_load(codes_desc, [m, j], barrier, codes_smem.index(2 * stage), pred=wanted)
+    tma_load(codes_desc, [m, P + j], barrier, codes_smem.index(2 * stage + 1), pred=wanted)
 
 
 @gluon.jit
@@ -134,7 +135,7 @@ def _kernel(
 
     packed_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N, BLOCK_K], packed_desc.layout)
     codes_smem = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BLOCK_M, BLOCK_K], codes_desc.layout)
-    filled = _allocate_barriers(STAGES)
+    filled = allocate_barriers(STAGES)
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
     fence_async_shared()
@@ -226,6 +227,7 @@ def int4_prefill(
     tile: Tile,
 ) -> None:
     """Writes y [M, N]. See :func:`.int4_linear.int4_linear`."""
+    assert tile.split_k == 1, "K of this kernel is not split"
     (num_tokens, num_outputs), num_bytes = y.shape, packed.shape[1]
     layout = operand_layout(tile.block_k)
     num_tiles = -(-num_tokens // tile.block_m) * -(-num_outputs // tile.block_n)

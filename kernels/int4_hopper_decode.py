@@ -15,11 +15,12 @@ Needs what :mod:`.int4_hopper` needs: K and P multiples of 16, one weight scale 
 
 import torch
 from lit_actreg_kernels.int4_hopper import (
-    _allocate_barriers,
-    _tma_load,
+    allocate_barriers,
     operand_layout,
+    thread_barrier,
     times_16_high,
     times_16_low,
+    tma_load,
 )
 from lit_actreg_kernels.int4_tile import Tile, tickets_of
 from torch import Tensor
@@ -32,8 +33,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -54,14 +53,14 @@ def _fetch_weights(codes_desc, packed_desc, packed_smem, filled, step, stage, wa
     num_bytes: gl.constexpr = packed_desc.block_type.nbytes + 2 * codes_desc.block_type.nbytes
     mbarrier.expect(filled.index(stage), num_bytes, pred=wanted)
     j = step * packed_desc.block_type.shape[1]
-    _tma_load(packed_desc, [n, j], filled.index(stage), packed_smem.index(stage), pred=wanted)
+    tma_load(packed_desc, [n, j], filled.index(stage), packed_smem.index(stage), pred=wanted)
 
 
 @gluon.jit
 def _fetch_codes(codes_desc, codes_smem, filled, step, stage, wanted, P):
     j = step * codes_desc.block_type.shape[1]
-    _tma_load(codes_desc, [0, j], filled.index(stage), codes_smem.index(2 * stage), pred=wanted)
-    _tma_load(codes_desc, [0, P + j], filled.index(stage), codes_smem.index(2 * stage + 1), pred=wanted)
+    tma_load(codes_desc, [0, j], filled.index(stage), codes_smem.index(2 * stage), pred=wanted)
+    tma_load(codes_desc, [0, P + j], filled.index(stage), codes_smem.index(2 * stage + 1), pred=wanted)
 
 
 @gluon.jit
@@ -103,7 +102,7 @@ def _kernel(
 
     packed_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N, BLOCK_K], packed_desc.layout)
     codes_smem = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BLOCK_M, BLOCK_K], codes_desc.layout)
-    filled = _allocate_barriers(STAGES)
+    filled = allocate_barriers(STAGES)
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
     fence_async_shared()
@@ -139,7 +138,7 @@ def _kernel(
         partial_ptrs = partial_ptr + tile * SPLIT_K * BLOCK_N * BLOCK_M + (row * BLOCK_M)[:, None] + m[None, :]
         gl.store(partial_ptrs + split * BLOCK_N * BLOCK_M, acc)
         # Every thread has stored before one of them takes the tile's ticket, and that publishes what all have stored.
-        _barrier()
+        thread_barrier()
         last = gl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
     if last:
         if SPLIT_K > 1:
@@ -182,7 +181,10 @@ def int4_decode(
 ) -> None:
     """Writes y [M, N], M up to the tile's block_m. See :func:`.int4_linear.int4_linear`."""
     (num_tokens, num_outputs), num_tiles = y.shape, -(-y.shape[1] // tile.block_n)
+    assert num_tokens <= tile.block_m, "a tile has all tokens"
     layout, splits = operand_layout(tile.block_k), tile.split_k > 1
+    tickets = tickets_of(codes.device) if splits else None
+    assert tickets is None or num_tiles <= tickets.numel(), "split K of few tiles only"
     _kernel[(num_tiles * tile.split_k,)](
         TensorDescriptor.from_tensor(codes, [tile.block_m, tile.block_k], layout),
         TensorDescriptor.from_tensor(packed, [tile.block_n, tile.block_k], layout),
@@ -194,7 +196,7 @@ def int4_decode(
         bias,
         residual,
         y.new_empty(num_tiles * tile.split_k * tile.block_n * tile.block_m, dtype=torch.int32) if splits else None,
-        tickets_of(codes.device) if splits else None,
+        tickets,
         num_tokens,
         num_outputs,
         packed.shape[1],

@@ -10,11 +10,11 @@ Hopper's wgmma may come from there. INT4 tensor cores do not exist on sm_90 and 
 four bits buy bandwidth and memory.
 
 **Regimes.** One token: :mod:`.int4_gemv`, or :mod:`.int4_grouped_gemv`, without tensor cores. Up to 64: the weights
-are read once and that is the time it takes; K is split when N gives too few tiles. Split programs write int32 partial
-sums, and the last one of a tile to arrive (it takes a ticket) adds them: integers, so the result does not depend on the
-order. Many tokens:
-:mod:`.int4_hopper` where it serves and its large tiles fill the GPU; else 128 × 128 tiles, two programs a
-multiprocessor so that one unpacks while the other multiplies, ordered so that neighbours share weights in L2.
+are read once and that is the time it takes; on sm_90 :mod:`.int4_hopper_decode`, else the kernel here. K is split when
+N gives too few tiles: split programs write int32 partial sums, and the last one of a tile to arrive (it takes a ticket)
+adds them, integers, so the result does not depend on the order. Many tokens: :mod:`.int4_hopper` where it serves and
+its large tiles fill the GPU; else 128 × 128 tiles, two programs a multiprocessor so that one unpacks while the other
+multiplies, ordered so that neighbours share weights in L2.
 
 **Groups** of columns, of weights or of activations, are :mod:`.int4_grouped`'s (P is a multiple of theirs); small ones
 of many tokens, for 16 bits out, :mod:`.dequantize`'s.
@@ -121,7 +121,7 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool)
     if num_tokens <= 16:
         split_k = split_for(triton.cdiv(num_outputs, 32), num_bytes, num_programs=64)
         return Tile(16, 32, 256, num_warps=2, num_stages=4, split_k=split_k)
-    if num_tokens <= 64:  # two programs have room on a multiprocessor: 256 are one wave of an H100's 132
+    if num_tokens <= MAX_TOKENS:  # two programs have room on a multiprocessor: 256 are one wave of an H100's 132
         split_k = split_for(triton.cdiv(num_outputs, 64), num_bytes, num_programs=256)
         return Tile(32 if num_tokens <= 32 else 64, 64, 128, num_warps=4, num_stages=4, split_k=split_k)
     # A multiprocessor has room for one program of 256 x 128 or for two of 128 x 128. With no more than half of the 132

@@ -26,7 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 class Tile:
     """What one program computes: block_m tokens × block_n outputs, block_k packed bytes (2 block_k columns) a step.
 
-    ``hopper`` selects the Gluon kernel of :mod:`.int4_hopper` (sm_90 only), which is not split over K.
+    ``hopper`` selects a Gluon kernel (sm_90 only): up to 64 tokens a tile :mod:`.int4_hopper_decode`, above
+    :mod:`.int4_hopper`, which is not split over K.
     """
 
     block_m: int

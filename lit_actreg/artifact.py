@@ -160,8 +160,6 @@ def write_artifact(
     else:
         theirs["quantization_config"] = quantization_config(config, artifact.quant, first, chosen)
     theirs["lit_actreg"] = {"version": ARTIFACT_VERSION, "quantizer": artifact.quantizer}
-    if config.stream_dtype is not None:
-        theirs["lit_actreg"]["stream_dtype"] = config.stream_dtype
 
     partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
     for leftover in (partial, old):

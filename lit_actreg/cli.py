@@ -148,8 +148,6 @@ class ActRegCLI(LightningCLI):
             return  # a resumed fit is described by its own configuration
         if several and info.folder is not None and not is_sharded(info.folder):
             raise ValueError(f"{path} is a folder of weights: `table` compares .ckpt files of fits, name those")
-        if subcommand == "fit":  # new training of those weights: how it computes is its own
-            info.shape.stream_dtype = options.model.shape.stream_dtype
         options.model.shape = Namespace(as_plain(info.shape))
         options.model.vocab_size = options.data.vocab_size = info.vocab_size
         options.data.tokenizer = options.data.tokenizer or (info.tokenizer and str(info.tokenizer))

@@ -29,9 +29,6 @@ class ModelConfig:
         tie_embeddings: Share the embedding matrix with the LM head.
         init_std: Standard deviation of the initial weights; the two projections into the residual stream get
             init_std / √(2 · num_layers).
-        stream_dtype: "bfloat16": under bf16-mixed the residual stream and its gradient are bfloat16, as every product
-            is: fewer bytes a step, 8 bits of precision in sums over blocks. null: float32 there. At any other
-            precision the stream has the weights' type; a fit needs bf16-mixed or bf16-true.
     """
 
     style: Literal["neox", "llama"] = "neox"
@@ -45,7 +42,6 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     init_std: float = 0.02
-    stream_dtype: Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:

@@ -196,7 +196,6 @@ def model_config(theirs: Mapping[str, Any], source: Path) -> tuple[ModelConfig, 
         norm_eps=eps,
         tie_embeddings=theirs.get("tie_word_embeddings", False),
         init_std=theirs.get("initializer_range", 0.02),
-        stream_dtype=theirs.get("lit_actreg", {}).get("stream_dtype"),
     )
     return config, theirs["vocab_size"]
 

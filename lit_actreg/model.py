@@ -100,7 +100,7 @@ class Block(nn.Module):
         x_BTD, _, hidden = norm_linear(self.norm_2, self.mlp_in, x_BTD, attended, gate)
         activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
         y = activation_linear(self.mlp_proj, self.look_at("mlp_in", hidden, statistics))
-        x_BTD = (x_BTD + self.look_at("mlp_proj", y, statistics)).to(x_BTD.dtype)  # a wider y does not widen the stream
+        x_BTD = x_BTD + self.look_at("mlp_proj", y, statistics)
         if not self.loss_terms:
             return x_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
         return x_BTD, torch.stack([statistics[i, site] for i, t in enumerate(self.loss_terms) for site in t.sites])
@@ -116,11 +116,16 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model: token ids [B, T] → hidden states [B, T, D]; :meth:`logits` gives [B, T, V]."""
+    """The language model: token ids [B, T] → hidden states [B, T, D]; :meth:`logits` gives [B, T, V].
+
+    Attributes:
+        bfloat16_stream: Under autocast the residual stream is bfloat16; else it has the embedding's dtype.
+    """
 
     def __init__(self, config: ModelConfig, quant: QuantConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.quant, self.vocab_size = config, quant, vocab_size
+        self.bfloat16_stream = False
         self.embedding = nn.Embedding(vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, quant) for _ in range(config.num_layers))
         self.norm = (nn.LayerNorm if config.style == "neox" else nn.RMSNorm)(config.width, eps=config.norm_eps)
@@ -163,10 +168,9 @@ class Decoder(nn.Module):
                 getattr(block, site).input_quantizer.fused = fused
 
     def begin_stream(self, ids: Tensor) -> Tensor:
-        """The residual stream before the first block, [B, T, D], in the type that the blocks keep."""
-        x, device = self.embedding(ids), ids.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return x.bfloat16() if self.config.stream_dtype == "bfloat16" and autocast == torch.bfloat16 else x
+        """The residual stream before the first block, [B, T, D]; the blocks keep its dtype."""
+        x: Tensor = self.embedding(ids)
+        return x.bfloat16() if self.bfloat16_stream and torch.is_autocast_enabled(ids.device.type) else x
 
     def embed(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the blocks take: x [B, T, D] and the rotary cos and sin [T, E]."""

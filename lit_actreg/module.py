@@ -47,6 +47,8 @@ class LitLanguageModel(LightningModule):
             folder that `quantize` wrote, or an unquantized Hugging Face checkpoint of GPT-NeoX or Llama.
         activation_checkpointing: Recompute every block in the backward pass: less memory, up to a third more time.
         compile: Compile every block (and the loss) with torch.compile.
+        bfloat16_stream: Keep the residual stream and its gradient in bfloat16 instead of float32, for a fit at
+            bf16-mixed: fewer bytes a step, less memory.
         new_tokens: Tokens that `predict` generates after each prompt. Text longer than the shape's context goes on from
             its last half to whole context.
         temperature: Sampling temperature of `predict`; 0 takes the likeliest token.
@@ -63,6 +65,7 @@ class LitLanguageModel(LightningModule):
         init_from: Path | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        bfloat16_stream: bool = False,
         new_tokens: int = 64,
         temperature: float = 0.8,
     ) -> None:
@@ -75,18 +78,17 @@ class LitLanguageModel(LightningModule):
         )
         self.shape, self.quant, self.optim, self.vocab_size = shape, quant, optim or OptimConfig(), vocab_size
         self.init_from, self.compile_model = init_from, compile
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.bfloat16_stream = activation_checkpointing, bfloat16_stream
         self.new_tokens, self.temperature = new_tokens, temperature
         self.loss_terms: dict[str, LossTerm] = {}
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.cross_entropy = next_token_loss
 
     def setup(self, stage: str) -> None:
-        precision = str(self.trainer.precision)
-        if stage == "fit" and self.shape.stream_dtype is not None and precision not in ("bf16-mixed", "bf16-true"):
+        if stage == "fit" and self.bfloat16_stream and self.trainer.precision != "bf16-mixed":
+            precision = self.trainer.precision
             raise ValueError(
-                f'model.shape.stream_dtype "{self.shape.stream_dtype}" does nothing at trainer.precision {precision}: '
-                "set that to bf16-mixed, or stream_dtype to null"
+                f"model.bfloat16_stream does nothing at trainer.precision {precision}: set that to bf16-mixed"
             )
 
     def configure_model(self) -> None:
@@ -104,6 +106,7 @@ class LitLanguageModel(LightningModule):
                 *_, state = load_huggingface(self.init_from)
                 missing = self.model.load_state_dict(state, strict=False).missing_keys
                 assert all("input_quantizer" in name for name in missing), missing
+        self.model.bfloat16_stream = self.bfloat16_stream
         self.model.set_loss_terms(tuple(self.loss_terms.values()))
         if self.activation_checkpointing:
             checkpoint_blocks(self.model)

@@ -97,20 +97,6 @@ def test_grids_that_follow_tokens_at_some_sites(tmp_path):
         QuantConfig(sites=["qkv"], per_token_sites=["mlp_in"])
 
 
-def test_the_streams_type_survives_and_holds_beside_float_linears(tmp_path):
-    """QuantizedLinear computes in float32 also under autocast: the sums it goes into stay bfloat16."""
-    model = small_decoder("llama")
-    model.config.stream_dtype = "bfloat16"
-    quantize_model(model, RTN(), [], tmp_path / "out")
-    read, streams = read_artifact(tmp_path / "out"), []
-    assert read.config == model.config
-    for block in read.blocks:
-        block.register_forward_hook(lambda block, args, output: streams.append(output[0].dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        read(text_ids(2))
-    assert streams == [torch.bfloat16] * 2
-
-
 def test_a_wish_that_stock_readers_cannot_load_is_refused():
     assert choose_format(4, True, "int-quantized") == "int-quantized"
     for bits, symmetric in ((3, True), (4, False)):

@@ -143,14 +143,6 @@ def test_a_wrong_path_is_one_line_and_writes_nothing(made, command, line, capsys
     assert {path: path.read_bytes() for path in made["folder"].rglob("*") if path.is_file()} == before
 
 
-def test_a_finetuned_model_computes_as_its_fit_says(made, capsys):
-    """Shape comes from the checkpoint; the stream's type, which this precision does not have, from the command."""
-    options = f"--data.source={made['corpus']} --data.cache_dir={made['folder']}/cache --data.context={CONTEXT} {QUIET}"
-    options += " --data.valid_share=0.1 --data.num_workers=0"
-    command = f"fit --model.init_from {made['checkpoint']} --model.shape.stream_dtype bfloat16 {options}"
-    assert 'stream_dtype "bfloat16" does nothing at trainer.precision 32-true' in mistake(capsys, command)
-
-
 @pytest.mark.parametrize(
     ("change", "line"),
     [

@@ -50,8 +50,8 @@ def test_gradients_are_the_formulas(style, engine, sites):
 
 
 @pytest.mark.parametrize("style", ["neox", "llama"])
-@pytest.mark.parametrize("stream_dtype", [None, "bfloat16"])
-def test_under_autocast_values_are_rounded_where_the_plain_path_rounds_them(style, stream_dtype):
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_under_autocast_values_are_rounded_where_the_plain_path_rounds_them(style, bfloat16):
     """Same dtypes at every point, so hidden states differ by rare codes at an edge: less than bfloat16 itself.
 
     Not so behind SwiGLU, hence without a grid there: run eagerly, the plain path rounds silu(gate) too; compiled and
@@ -61,13 +61,13 @@ def test_under_autocast_values_are_rounded_where_the_plain_path_rounds_them(styl
     for fused in (False, True):
         model = decoder(style).float()
         model.set_activations(QuantConfig(sites=["qkv", "attn_proj", "mlp_in"]))
-        model.config.stream_dtype = stream_dtype
+        model.bfloat16_stream = bfloat16
         model.set_fused(fused)
         for block in model.blocks:
             block.register_forward_hook(lambda block, args, output: streams.extend([args[0].dtype, output[0].dtype]))
         with torch.autocast("cpu", torch.bfloat16):
             hidden.append(model(text_ids(4, 17))[0])
-    assert set(streams) == {torch.float32 if stream_dtype is None else torch.bfloat16}
+    assert set(streams) == {torch.bfloat16 if bfloat16 else torch.float32}
     assert hidden[0].dtype == hidden[1].dtype == torch.float32
     assert (hidden[0] - hidden[1]).norm() <= torch.finfo(torch.bfloat16).eps * hidden[0].norm()
 
@@ -81,10 +81,10 @@ def test_a_bfloat16_stream_trains_as_the_float32_one_but_for_rounding(engine, fu
     gradient that got lost is tens of per cent.
     """
     found = []
-    for stream_dtype in (None, "bfloat16"):
+    for bfloat16 in (False, True):
         model = fused_decoder("neox").float() if fused else decoder("neox").float()
         model.set_activations(QuantConfig(activation_bits=8) if fused else QuantConfig(activations="none"))
-        model.config.stream_dtype = stream_dtype
+        model.bfloat16_stream = bfloat16
         if engine == "compiled":
             compile_blocks(model)
         with torch.autocast("cpu", torch.bfloat16):
@@ -95,10 +95,10 @@ def test_a_bfloat16_stream_trains_as_the_float32_one_but_for_rounding(engine, fu
     assert 0 < (before - after).norm() <= 0.1 * before.norm()
 
 
-def test_without_bfloat16_autocast_the_stream_has_the_weights_type():
+def test_without_autocast_the_stream_has_the_weights_type():
     model = decoder("neox").float()
     expected = model(text_ids(2, 16))[0]
-    model.config.stream_dtype = "bfloat16"
+    model.bfloat16_stream = True
     assert torch.equal(model(text_ids(2, 16))[0], expected)
 
 

@@ -152,16 +152,16 @@ def test_a_checkpoint_is_of_plain_types_and_brings_its_tokenizer(corpus, tmp_pat
         assert torch.equal(started.model.get_parameter(name), p)
 
 
-def test_a_bfloat16_stream_needs_a_precision_that_has_one(corpus, tmp_path):
-    """In a fit; validated in float32, such a model computes all in float32, as after any bf16-mixed fit."""
-    data, module = datamodule(corpus), lit_module()
-    module.shape.stream_dtype = "bfloat16"
+def test_a_bfloat16_stream_needs_autocast(corpus, tmp_path):
+    data, module = datamodule(corpus), lit_module(bfloat16_stream=True)
     with pytest.raises(ValueError, match=r"does nothing at trainer\.precision 32-true: set that to bf16-mixed"):
         trainer([], steps=1).fit(module, datamodule=data)
-    engine = trainer([], steps=1, precision="bf16-mixed")
+    engine, dtypes = trainer([], steps=1, precision="bf16-mixed"), []
+    module.configure_model()
+    module.model.blocks[1].register_forward_hook(lambda block, args, output: dtypes.append(output[0].dtype))
     engine.fit(module, datamodule=data)
+    assert set(dtypes) == {torch.bfloat16}
     assert math.isfinite(engine.logger.of("train/loss")[0])
-    trainer([], limit_val_batches=1).validate(module, datamodule=data, verbose=False)
 
 
 class Die(Callback):

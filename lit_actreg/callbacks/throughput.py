@@ -93,11 +93,8 @@ class Throughput(Callback):
         self._block_parameters = num_block_parameters(pl_module.model)
         known = peak_flops(pl_module.device, str(trainer.precision))
         self._peak = 1e12 * self.peak_tflops if self.peak_tflops else known
-        self._since, self._tokens, self._flops = (
-            0.0,
-            0,
-            0,
-        )  # the first batches compile: the clock starts at the first log
+        self._since = 0.0  # the first batches compile: the clock starts at the first log
+        self._tokens = self._flops = 0
         self._logged_step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

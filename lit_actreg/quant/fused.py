@@ -26,17 +26,15 @@ def fuses(linear: nn.Module, x: Tensor) -> bool:
     return not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
-def wide_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x), in float32 under autocast also of a bfloat16 x, on every device and for either kind of norm."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return norm(x)  # type: ignore[no-any-return]
+def wide_norm(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
+    """norm(x), in the dtype of the norm's weight where x is narrower, as a bfloat16 stream is."""
+    return norm(x.to(torch.promote_types(x.dtype, norm.weight.dtype)))
 
 
 def norm_linear(
     norm: nn.LayerNorm | nn.RMSNorm, linear: nn.Module, x: Tensor, y: Tensor | None = None, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """x′ = x + y in the type of x (x without y) and linear(norm(x′)): [..., K] → [..., K], gate, [..., N].
+    """x′ = x + y (x without y) and linear(norm(x′)): [..., K] → [..., K], gate, [..., N].
 
     Args:
         gate: What the norm before returned for this x: the gradient of x goes there (the operators' docstring).
@@ -44,7 +42,7 @@ def norm_linear(
     if not fuses(linear, x):
         if gate is not None:
             x = x.detach() + gate
-        x = x if y is None else (x + y).to(x.dtype)
+        x = x if y is None else x + y
         return x, None, linear(wide_norm(norm, x))
     assert isinstance(linear, QuantLinear)
     quantizer = linear.input_quantizer
