@@ -101,6 +101,47 @@ def _place(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl
 
 
 @gluon.jit
+def finish(
+    acc,
+    m0,
+    n0,
+    pointers,
+    M,
+    N,
+    PER_TOKEN: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    STORE: gl.constexpr,
+):
+    """The epilogue of sums acc [BLOCK_N, BLOCK_M], int32 without the factor 16: scales, bias, residual; writes y.
+
+    Outputs are contiguous along N, unlike a thread's sums; STORE is the layout that is written.
+    """
+    y_ptr, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, residual_ptr = pointers
+    ACC: gl.constexpr = acc.type.layout
+    m = m0 + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, ACC))
+    n = n0 + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, ACC))
+    act_scale = gl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
+    zero_point = gl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
+    weight_scale = gl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
+    sums = gl.load(weight_sums_ptr + n, mask=n < N, other=0).to(gl.float32)
+    y = weight_scale[:, None] * (acc.to(gl.float32) - zero_point[None, :] * sums[:, None])
+    y *= act_scale[None, :]
+    if HAS_BIAS:
+        y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+    m = m0 + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, STORE))
+    n = n0 + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE))
+    offsets = m.to(gl.int64)[None, :] * N + n[:, None]
+    inside = (m < M)[None, :] & (n < N)[:, None]
+    if HAS_RESIDUAL:
+        y = gl.convert_layout(y, STORE) + gl.load(residual_ptr + offsets, mask=inside, other=0.0).to(gl.float32)
+        out = y.to(y_ptr.dtype.element_ty)
+    else:
+        out = gl.convert_layout(y.to(y_ptr.dtype.element_ty), STORE)
+    gl.store(y_ptr + offsets, out, mask=inside)
+
+
+@gluon.jit
 def _kernel(
     codes_desc,
     packed_desc,
@@ -175,29 +216,10 @@ def _kernel(
                 if i + 1 < UNROLL:
                     low, high = _unpack(packed_smem, filled, (i + 1) % STAGES, (i + 1) // STAGES % 2, OPERAND)
             acc = warpgroup_mma_wait(0, deps=[acc])
-        m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
-        n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
-        act_scale = gl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
-        zero_point = gl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
-        weight_scale = gl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
-        sums = gl.load(weight_sums_ptr + n, mask=n < N, other=0).to(gl.float32)
-        y = weight_scale[:, None] * ((acc >> 4).to(gl.float32) - zero_point[None, :] * sums[:, None])
-        y *= act_scale[None, :]
-        if HAS_BIAS:
-            y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-
-        # Outputs are contiguous along N: eight of them a thread, so that bfloat16 leaves in 16-byte stores.
+        pointers = (y_ptr, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, residual_ptr)
+        # Eight outputs a thread, so that bfloat16 leaves in 16-byte stores.
         STORE: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, num_warps], [0, 1])
-        m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
-        n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, STORE))
-        offsets = m.to(gl.int64)[None, :] * N + n[:, None]
-        inside = (m < M)[None, :] & (n < N)[:, None]
-        if HAS_RESIDUAL:
-            y = gl.convert_layout(y, STORE) + gl.load(residual_ptr + offsets, mask=inside, other=0.0).to(gl.float32)
-            out = y.to(y_ptr.dtype.element_ty)
-        else:
-            out = gl.convert_layout(y.to(y_ptr.dtype.element_ty), STORE)
-        gl.store(y_ptr + offsets, out, mask=inside)
+        finish(acc >> 4, m0, n0, pointers, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, STORE)
         m0, n0 = m_next, n_next
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(filled.index(stage))

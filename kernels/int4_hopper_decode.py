@@ -16,6 +16,7 @@ Needs what :mod:`.int4_hopper` needs: K and P multiples of 16, one weight scale 
 import torch
 from lit_actreg_kernels.int4_hopper import (
     allocate_barriers,
+    finish,
     operand_layout,
     thread_barrier,
     times_16_high,
@@ -131,10 +132,10 @@ def _kernel(
         mbarrier.invalidate(filled.index(stage))
     acc = acc >> 4
 
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
-    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
     last = True
     if SPLIT_K > 1:
+        m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
+        row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
         partial_ptrs = partial_ptr + tile * SPLIT_K * BLOCK_N * BLOCK_M + (row * BLOCK_M)[:, None] + m[None, :]
         gl.store(partial_ptrs + split * BLOCK_N * BLOCK_M, acc)
         # Every thread has stored before one of them takes the tile's ticket, and that publishes what all have stored.
@@ -146,25 +147,9 @@ def _kernel(
             acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, ACC)
             for part in gl.static_range(SPLIT_K):
                 acc += gl.load(partial_ptrs + part * BLOCK_N * BLOCK_M, cache_modifier=".cg")
-        n = n0 + row
-        act_scale = gl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
-        act_zero_point = gl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
-        weight_scale = gl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
-        sums = gl.load(weight_sums_ptr + n, mask=n < N, other=0).to(gl.float32)
-        y = weight_scale[:, None] * (acc.to(gl.float32) - act_zero_point[None, :] * sums[:, None])
-        y *= act_scale[None, :]
-        if HAS_BIAS:
-            y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-        # Outputs are contiguous along N.
+        pointers = (y_ptr, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, residual_ptr)
         STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, num_warps], [0, 1])
-        y = gl.convert_layout(y, STORE)
-        m_out = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
-        n_out = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, STORE))
-        offsets = m_out.to(gl.int64)[None, :] * N + n_out[:, None]
-        inside = (m_out < M)[None, :] & (n_out < N)[:, None]
-        if HAS_RESIDUAL:
-            y += gl.load(residual_ptr + offsets, mask=inside, other=0.0).to(gl.float32)
-        gl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+        finish(acc, 0, n0, pointers, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, STORE)
 
 
 def int4_decode(
