@@ -4,10 +4,11 @@ BIN := .venv/bin
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PLAIN := --model.quant.activations none --kurtosis.weight 0
 SEEDS := 1 2 3
-# Rows of the study: a fit each, with the options of its variable. Larger: STUDY_CONFIG=… STUDY_DATA="--data.source …"
+# Rows of the study: a fit each, with the options of its variable. Larger: CONFIG=… DATA="--data.source …"
 ROWS := plain kurtosis qat both weight_kurtosis weight_norm clamp quest
-STUDY_CONFIG := configs/fit_demo.yaml
-STUDY_DATA :=
+CONFIG := configs/fit_demo.yaml
+DATA :=
+OPTIONS :=
 ROW_plain := $(PLAIN)
 ROW_kurtosis := --model.quant.activations none
 ROW_qat := --kurtosis.weight 0
@@ -16,7 +17,12 @@ ROW_weight_kurtosis := --kurtosis.weight 0 --weight_penalty.kind kurtosis --weig
 ROW_weight_norm := --kurtosis.weight 0 --weight_penalty.kind linf --weight_penalty.weight 1
 ROW_clamp = --model.quant.activations clamp --kurtosis.weight 0 --clips.lr 0 --clips.from_checkpoint $(call LAST,qat)
 ROW_quest := --model.quant.activations quest --kurtosis.weight 0
+# A fit into $(RUN), followed by its name and options; its last checkpoint; a table of checkpoints
+FIT = $(BIN)/lit-actreg fit --config $(CONFIG) $(DATA) --trainer.logger.init_args.save_dir $(RUN) \
+  --trainer.logger.init_args.name tensorboard --trainer.logger.init_args.version
 LAST = $(RUN)/tensorboard/$(1)/checkpoints/last.ckpt
+TABLE = $(BIN)/lit-actreg table --config configs/table.yaml --calibration_tokens 32768 --output $(RUN)/table --checkpoints
+comma := ,
 # mypy does not follow an editable install's folder mapping; links under the packages' names do
 MYPY = mkdir -p build/mypy && ln -sfn ../../plugins build/mypy/lit_actreg_plugins && \
   ln -sfn ../../kernels build/mypy/lit_actreg_kernels && MYPYPATH=build/mypy $(BIN)/mypy
@@ -35,37 +41,27 @@ help:  ## this list
 	@touch $@
 
 demo: .venv/installed  ## train, quantize and validate a small W4A4 model beside its plain twin, on any machine
-	$(BIN)/lit-actreg fit --config configs/fit_demo.yaml --trainer.logger.init_args.save_dir $(RUN) \
-	  --trainer.logger.init_args.name tensorboard --trainer.logger.init_args.version actreg
-	$(BIN)/lit-actreg fit --config configs/fit_demo.yaml --trainer.logger.init_args.save_dir $(RUN) \
-	  --trainer.logger.init_args.name tensorboard --trainer.logger.init_args.version plain $(PLAIN)
+	$(FIT) actreg
+	$(FIT) plain $(PLAIN)
 	for method in RTN GPTQ; do \
 	  $(BIN)/lit-actreg quantize --config configs/quantize.yaml --quantizer $$method \
-	    --ckpt_path $(RUN)/tensorboard/actreg/checkpoints/last.ckpt --output $(RUN)/artifacts/$$method --calibration_tokens 32768 && \
+	    --ckpt_path $(call LAST,actreg) --output $(RUN)/artifacts/$$method --calibration_tokens 32768 && \
 	  $(BIN)/lit-actreg validate --config configs/validate_w4a4.yaml --ckpt_path $(RUN)/artifacts/$$method || exit 1; \
 	done
-	$(BIN)/lit-actreg table --config configs/table.yaml --calibration_tokens 32768 --output $(RUN)/table --checkpoints \
-	  '{actreg: $(RUN)/tensorboard/actreg/checkpoints/last.ckpt, plain: $(RUN)/tensorboard/plain/checkpoints/last.ckpt}'
+	$(TABLE) '{actreg: $(call LAST,actreg), plain: $(call LAST,plain)}'
 	@echo "W4A4 artifacts (Hugging Face checkpoints): $(RUN)/artifacts"
 	@echo "Training curves: $(BIN)/tensorboard --logdir $(RUN)/tensorboard"
 
-demo-seeds: .venv/installed  ## the demo's models over three seeds, in one table
-	for seed in $(SEEDS); do for kind in actreg plain; do \
-	  $(BIN)/lit-actreg fit --config configs/fit_demo.yaml --seed_everything $$seed --data.seed $$seed \
-	    --trainer.logger.init_args.save_dir $(RUN) --trainer.logger.init_args.name tensorboard \
-	    --trainer.logger.init_args.version $$kind-$$seed $$([ $$kind = plain ] && echo "$(PLAIN)") || exit 1; \
-	done; done
-	$(BIN)/lit-actreg table --config configs/table.yaml --calibration_tokens 32768 --output $(RUN)/table --checkpoints \
-	  "{$(foreach s,$(SEEDS),actreg-$(s): $(RUN)/tensorboard/actreg-$(s)/checkpoints/last.ckpt, plain-$(s): $(RUN)/tensorboard/plain-$(s)/checkpoints/last.ckpt$(if $(filter-out $(lastword $(SEEDS)),$(s)),$(comma)))}"
+demo-seeds: .venv/installed  ## the demo's models over three seeds, in one table; OPTIONS="…" are the first one's
+	for seed in $(SEEDS); do \
+	  $(FIT) actreg-$$seed --seed_everything $$seed --data.seed $$seed $(OPTIONS) && \
+	  $(FIT) plain-$$seed --seed_everything $$seed --data.seed $$seed $(PLAIN) || exit 1; \
+	done
+	$(TABLE) '{$(foreach s,$(SEEDS),actreg-$(s): $(call LAST,actreg-$(s))$(comma) plain-$(s): $(call LAST,plain-$(s))$(comma))}'
 
 study: .venv/installed  ## every row of the study and its table, here in small: docs/study.md
-	$(foreach row,$(ROWS),$(BIN)/lit-actreg fit --config $(STUDY_CONFIG) $(STUDY_DATA) $(ROW_$(row)) \
-	  --trainer.logger.init_args.save_dir $(RUN) --trainer.logger.init_args.name tensorboard \
-	  --trainer.logger.init_args.version $(row) && ) true
-	$(BIN)/lit-actreg table --config configs/table.yaml $(STUDY_DATA) --calibration_tokens 32768 --output $(RUN)/table \
-	  --checkpoints "{$(foreach row,$(filter-out quest,$(ROWS)),$(row): $(call LAST,$(row))$(comma))}"
-
-comma := ,
+	$(foreach row,$(ROWS),$(FIT) $(row) $(ROW_$(row)) && ) true
+	$(TABLE) '{$(foreach row,$(filter-out quest,$(ROWS)),$(row): $(call LAST,$(row))$(comma))}' $(DATA)
 
 test: .venv/installed-dev  ## the tests, without a GPU
 	$(BIN)/ruff check .

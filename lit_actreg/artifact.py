@@ -35,6 +35,7 @@ from lit_actreg.compressed_tensors import (
     read_quantization_config,
 )
 from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
+from lit_actreg.data.tokenizer import END_OF_TEXT_NAMES
 from lit_actreg.gptq_format import gptq_config, to_gptq
 from lit_actreg.huggingface import (
     check_tensors,
@@ -48,8 +49,6 @@ from lit_actreg.model import Decoder
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 
 ARTIFACT_VERSION = 1
-# What a tokenizer may call the token that ends a text, best known first.
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 
 
 @dataclass
@@ -114,7 +113,7 @@ def _copy_tokenizer(source: Path, folder: Path, context: int) -> dict[str, Any]:
         raise ValueError(f"{source} is not a tokenizer.json ({error}): name the file that was trained with") from None
     shutil.copyfile(source, folder / "tokenizer.json")
     special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", []) if token["special"]}
-    end = next((token for token in END_OF_TEXT if token in special), None)
+    end = next((token for token in END_OF_TEXT_NAMES if token in special), None)
     beside = source.with_name("tokenizer_config.json")
     if beside.exists():
         shutil.copyfile(beside, folder / beside.name)

@@ -1,4 +1,4 @@
-"""All that a plugin may rely on: what a quantizer gets and gives, and how a callback adds a term to the loss.
+"""What the application knows of its plugins: what a quantizer gets and gives, how a callback adds a term to the loss.
 
 A new quantizer is one file with one subclass of :class:`Quantizer` and one entry point in the group
 ``lit_actreg.plugins``. A new regularizer is one callback that registers one :class:`LossTerm`.

@@ -62,16 +62,16 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.loss_terms: tuple[LossTerm, ...] = ()
-        width, hidden, bias = config.width, config.hidden_width, config.style == "neox"
+        width, hidden, neox = config.width, config.hidden_width, config.style == "neox"
         num_qkv = (config.num_heads + 2 * config.kv_heads) * config.head_width
-        norm = nn.LayerNorm if config.style == "neox" else nn.RMSNorm
+        norm = nn.LayerNorm if neox else nn.RMSNorm
         self.norm_1 = norm(width, eps=config.norm_eps)
-        self.qkv = QuantLinear(width, num_qkv, bias, "qkv", quant)
-        self.attn_proj = QuantLinear(width, width, bias, "attn_proj", quant)
+        self.qkv = QuantLinear(width, num_qkv, neox, "qkv", quant)
+        self.attn_proj = QuantLinear(width, width, neox, "attn_proj", quant)
         self.norm_2 = norm(width, eps=config.norm_eps)
         # "llama": the rows of gate, then the rows of up
-        self.mlp_in = QuantLinear(width, hidden if bias else 2 * hidden, bias, "mlp_in", quant)
-        self.mlp_proj = QuantLinear(hidden, width, bias, "mlp_proj", quant, GELU_MINIMUM if bias else None)
+        self.mlp_in = QuantLinear(width, hidden if neox else 2 * hidden, neox, "mlp_in", quant)
+        self.mlp_proj = QuantLinear(hidden, width, neox, "mlp_proj", quant, GELU_MINIMUM if neox else None)
 
     def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Causal attention: [B, T, (H + 2G)·E] → [B, T, D]; with a cache, also to the tokens in it."""
@@ -198,8 +198,5 @@ class Decoder(nn.Module):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         return self.head(hidden_BTD)
 
-    def num_parameters(self, embeddings: bool = True) -> int:
-        """Number of parameters; without the embedding and an untied head if ``embeddings`` is False."""
-        total = sum(p.numel() for p in self.parameters())
-        outside = {id(p): p.numel() for p in (self.embedding.weight, self.head.weight)}
-        return total if embeddings else total - sum(outside.values())
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())

@@ -149,8 +149,8 @@ class LitLanguageModel(LightningModule):
     def _log_perplexity(self, metric: MeanMetric, stage: str) -> None:
         loss = metric.compute()
         metric.reset()
-        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=False, rank_zero_only=False)
-        self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True, sync_dist=False, rank_zero_only=False)
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self._evaluate(batch, self.val_loss)
@@ -214,12 +214,16 @@ class LitLanguageModel(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clips by the norm over all weights. The clip values' own gradients, sums over whole batches, stay out.
+        """Clips the norm over all weights. The clip values' own gradients, sums over whole batches, stay out.
 
         Lightning's own method refuses a fused optimizer with bf16-mixed (lightning#21435), and with 16-mixed Lightning
         leaves the division by GradScaler's factor to a fused optimizer, which comes after the clipping.
         """
         if gradient_clip_val:
+            if gradient_clip_algorithm not in (None, "norm"):
+                raise ValueError(
+                    f"trainer.gradient_clip_algorithm {gradient_clip_algorithm}: gradients are clipped by norm only"
+                )
             if getattr(optimizer, "_step_supports_amp_scaling", False):  # it is fused
                 scaler = getattr(self.trainer.precision_plugin, "scaler", None)
                 if scaler is not None:

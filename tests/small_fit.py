@@ -69,7 +69,7 @@ def trainer(callbacks: list[Callback], steps: int = 6, **options: Any) -> Traine
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     given: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": Records(), "enable_checkpointing": False}
     given |= {"log_every_n_steps": 1, "limit_val_batches": 0, "gradient_clip_val": 1.0}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     return Trainer(max_steps=steps, callbacks=callbacks, **(given | quiet | options))
 
 

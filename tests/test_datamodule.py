@@ -13,7 +13,8 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from lit_actreg.data import IGNORE, TextDataModule
+from lit_actreg.data import TextDataModule
+from lit_actreg.data.packed import IGNORE
 from lit_actreg.data.sampler import EvalSampler, TrainSampler
 
 WORDS = ["the", "of", "and", "to", "in", "that", "is", "was", "for", "it", "with", "as", "his", "on", "be", "at"]

@@ -5,21 +5,13 @@ as one more callback.
 """
 
 import math
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from small_fit import CONTEXT, VOCAB_SIZE, datamodule, lit_module, trainer, write_corpus
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_actreg.cli import main
 from lit_actreg.config import QuantConfig
 from lit_actreg.generate import window_start
 
@@ -152,7 +144,7 @@ def test_a_checkpoint_is_of_plain_types_and_brings_its_tokenizer(corpus, tmp_pat
         assert torch.equal(started.model.get_parameter(name), p)
 
 
-def test_a_bfloat16_stream_needs_autocast(corpus, tmp_path):
+def test_a_bfloat16_stream_needs_autocast(corpus):
     data, module = datamodule(corpus), lit_module(bfloat16_stream=True)
     with pytest.raises(ValueError, match=r"does nothing at trainer\.precision 32-true: set that to bf16-mixed"):
         trainer([], steps=1).fit(module, datamodule=data)
@@ -162,63 +154,3 @@ def test_a_bfloat16_stream_needs_autocast(corpus, tmp_path):
     engine.fit(module, datamodule=data)
     assert set(dtypes) == {torch.bfloat16}
     assert math.isfinite(engine.logger.of("train/loss")[0])
-
-
-class Die(Callback):
-    """SIGKILL inside the second accumulation window after the checkpoint of step 4."""
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == 11:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_fit_is_resumed_to_the_same_losses(corpus, tmp_path):
-    def arguments(version: str) -> list[str]:
-        settings = {
-            "model.shape": "{num_layers: 2, width: 32, num_heads: 2}",
-            "optim.warmup_steps": 3,
-            "kurtosis": "{weight: 1e-3, warmup_steps: 6}",
-            "clips": "{lr: 0.01, bits: {0: 16, 2: 8, 4: 4}, calibrate_steps: [0, 3, 5], momentum: 0.5}",
-            "outliers": "{every_n_steps: 2, num_tokens: 64, pictures_every: 0}",
-            "checkpoint.every_n_steps": 4,
-            "data.source": corpus,
-            "data.cache_dir": corpus.parent / "cache",
-            "data.vocab_size": VOCAB_SIZE,
-            "data.context": CONTEXT,
-            "data.batch_size": 4,
-            "data.valid_share": 0.1,
-            "data.num_workers": 0,
-            "trainer.accelerator": "cpu",
-            "trainer.devices": 1,
-            "trainer.max_steps": 8,
-            "trainer.accumulate_grad_batches": 2,
-            "trainer.val_check_interval": 6,
-            "trainer.gradient_clip_val": 1.0,
-            "trainer.log_every_n_steps": 1,
-            "trainer.enable_progress_bar": "false",
-            "trainer.logger": "TensorBoardLogger",
-            "trainer.logger.save_dir": tmp_path,
-            "trainer.logger.name": "fit",
-            "trainer.logger.version": version,
-        }
-        return ["fit", *(f"--{name}={value}" for name, value in settings.items())]
-
-    def scalars(version: str, after: int) -> dict[str, list[tuple[int, float]]]:
-        events = EventAccumulator(str(tmp_path / "fit" / version), {"scalars": 0}).Reload()
-        kinds = ("train/loss", "kurtosis/", "clips", "outliers_", "val/", "lr-", "train/gradient_norm")
-        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(kinds)]
-        return {tag: [(e.step, e.value) for e in events.Scalars(tag) if e.step > after] for tag in tags}
-
-    main(arguments("whole"))
-    killed = [sys.executable, "-m", "lit_actreg", *arguments("killed"), "--trainer.callbacks=test_module.Die"]
-    folder = str(Path(__file__).parent)
-    environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(killed, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    last = tmp_path / "fit" / "killed" / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == 4
-    main([*arguments("resumed"), f"--ckpt_path={last}"])
-    expected, found = scalars("whole", 4), scalars("resumed", 4)
-    assert [step for step, _ in found["train/loss"]][-1] == 7
-    assert len(found) > 80
-    assert found == expected

@@ -45,7 +45,6 @@ def arguments(folder: Path, name: str, *extra: str) -> list[str]:
         "trainer.gradient_clip_val": 1.0,
         "trainer.log_every_n_steps": 1,
         "trainer.enable_progress_bar": "false",
-        "trainer.use_distributed_sampler": "false",
         "trainer.logger": "TensorBoardLogger",
         "trainer.logger.save_dir": folder,
         "trainer.logger.name": name,
@@ -108,6 +107,7 @@ def test_an_ended_fit_goes_on_to_the_same_losses(folder, with_signal, status, ca
     resumed, expected = scalars(folder / name / "version_1", last), scalars(folder / "whole" / "version_0", last)
     assert [step for step, _ in resumed["train/loss"]] == list(range(last, STEPS))
     assert len(resumed) > 80
+    assert "val/loss" in resumed
     for tag in [tag for tag in expected if tag.startswith(("outliers", "clips"))]:
         # counted by steps made: what belongs to the step that the checkpoint was written at is in the ended run's log
         expected[tag] = [event for event in expected[tag] if event[0] > last]

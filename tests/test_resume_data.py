@@ -5,12 +5,7 @@ Run as a program (``python test_resume_data.py CORPUS CHECKPOINTS resume|killed`
 
 import contextlib
 import hashlib
-import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -93,7 +88,6 @@ def fit(corpus: Path, data=None, resume_from=None, callbacks=(), accumulate=1, s
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
-        use_distributed_sampler=False,
         **options,
     )
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
@@ -159,43 +153,3 @@ def test_resume_with_other_batches_is_an_error(corpus, tmp_path):
         fit(corpus, datamodule(corpus, batch_size=16), tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"seed 0 → 1"):
         fit(corpus, datamodule(corpus, seed=1), tmp_path / "x.ckpt")
-
-
-class Die(Callback):
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == 5:
-            print(json.dumps(module.seen), flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.slow  # tests/test_preemption.py kills a whole fit and compares its losses
-def test_resume_after_kill(corpus, tmp_path):
-    """A process killed by SIGKILL while workers fetch ahead; another process goes on from its last checkpoint."""
-    whole = [list(batch) for batch in fit(corpus, accumulate=3, steps=6)]
-
-    def process(mode: str):
-        command = [sys.executable, __file__, str(corpus), str(tmp_path), mode]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-        assert done.returncode == (-signal.SIGKILL if mode == "killed" else 0), done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    assert process("killed") == whole[:13]
-    assert process("resume") == whole[10:]  # the last checkpoint is of step 4, which the pass's short window ends
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    corpus_folder, folder, mode = sys.argv[1:]
-    last = ModelCheckpoint(folder, every_n_train_steps=2, filename="last", enable_version_counter=False)
-    print(
-        json.dumps(
-            fit(
-                Path(corpus_folder),
-                datamodule(Path(corpus_folder), num_workers=2),
-                f"{folder}/last.ckpt" if mode == "resume" else None,
-                [last] if mode == "resume" else [last, Die()],
-                accumulate=3,
-                steps=6,
-            )
-        )
-    )

@@ -160,8 +160,9 @@ class LossGuard(Callback):
             where = f"in batches {first}-{first + count - 1}, {sequences(trainer, first, count)}"
             line = f"step {step}: loss {loss:.4f} {what}, {where}"
             if action == "stop":
+                option = "--guard.nan skip" if kind == NAN else "--guard.spike skip"
                 raise ValueError(
-                    f"{line}: stopped with the weights before it; resume with guard skip, or a lower optim.lr"
+                    f"{line}: stopped with the weights before it; resume with {option}, or a lower optim.lr"
                 )
             if in_a_row >= self.max_skipped:
                 raise ValueError(f"{line}: stopped after {self.max_skipped} skipped in a row (guard.max_skipped)")

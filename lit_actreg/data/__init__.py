@@ -4,6 +4,5 @@ Only :class:`TextDataModule` is meant for the outside; the other files each do o
 """
 
 from lit_actreg.data.datamodule import TextDataModule
-from lit_actreg.data.packed import IGNORE
 
-__all__ = ["IGNORE", "TextDataModule"]
+__all__ = ["TextDataModule"]

@@ -14,7 +14,8 @@ import datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")  # GPT-2 and NeoX, Llama 2, Gemma, Llama 3
+# What a tokenizer may call the token that ends a text: GPT-2 and NeoX, Llama 2, Gemma, Llama 3, BERT
+END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[EOS]")
 TRAINING_BYTES = 200_000_000  # merges hardly change beyond this much text; evenly spaced documents are taken
 
 

@@ -23,8 +23,7 @@ emulated against float64 (tests/test_gptq.py): 0.1 % of the codes differ, and le
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -53,26 +52,6 @@ class InputMoments:
     def hessian(self) -> Tensor:
         """H = mean x̂ x̂ᵀ, float32 [K, K]."""
         return self.total_KK / self.num_tokens
-
-
-@contextmanager
-def _observed(block: Block, device: torch.device) -> Iterator[dict[Site, InputMoments]]:
-    """Within it, every forward of the block adds to the moments of its four inputs."""
-
-    def observe(moments: InputMoments, module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        moments.add(args[0], output)
-
-    moments: dict[Site, InputMoments] = {}
-    handles = []
-    for site in SITES:
-        linear = getattr(block, site)
-        moments[site] = InputMoments(linear.in_features, device)
-        handles.append(linear.input_quantizer.register_forward_hook(partial(observe, moments[site])))
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -119,12 +98,10 @@ def calibrate_clips(block: Block, x_BTD: Tensor, method: ClipMethod, device: tor
             inputs.low.copy_(low)
             inputs.high.copy_(high)
 
-    handles = [getattr(block, site).register_forward_pre_hook(set_clips) for site in SITES]
-    try:
+    with ExitStack() as stack:
+        for site in SITES:
+            stack.enter_context(getattr(block, site).register_forward_pre_hook(set_clips))
         _run(block, x_BTD, device)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -134,7 +111,16 @@ def input_hessians(block: Block, name: str, hidden: Sequence[Tensor], device: to
     Raises:
         ValueError: An input was NaN or infinite; the line names the layer.
     """
-    with _observed(block, device) as moments:
+    moments: dict[Site, InputMoments] = {}
+    with ExitStack() as stack:
+        for site in SITES:
+            linear = getattr(block, site)
+            moments[site] = measured = InputMoments(linear.in_features, device)
+
+            def observe(_: torch.nn.Module, args: tuple[Tensor], output: Tensor, to: InputMoments = measured) -> None:
+                to.add(args[0], output)
+
+            stack.enter_context(linear.input_quantizer.register_forward_hook(observe))
         for x_BTD in hidden:
             _run(block, x_BTD, device)
     for site, measured in moments.items():

@@ -6,6 +6,7 @@ it was. Under FSDP every rank must take part, as in any forward pass.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,16 @@ def observe_inputs(model: nn.Module, ids: Tensor, observer: Observer) -> None:
 
     The linear is what stands at the site: a training linear, or one that quantization or a kernel swap put there.
     """
-    handles = []
-    for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        for site in SITES:
-
-            def hook(linear: nn.Module, args: tuple[Tensor], layer: int = layer, site: Site = site) -> None:
-                observer(layer, site, linear, args[0])
-
-            handles.append(getattr(block, site).register_forward_pre_hook(hook))
     training = model.training
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            model(ids)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
+        for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
+            for site in SITES:
+
+                def hook(linear: nn.Module, args: tuple[Tensor], layer: int = layer, site: Site = site) -> None:
+                    observer(layer, site, linear, args[0])
+
+                stack.enter_context(getattr(block, site).register_forward_pre_hook(hook))
+        model.eval()
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        model(ids)
