@@ -1,4 +1,6 @@
-"""Plain PyTorch ground truth of the fused training operators, gradients written out: what a CPU runs, in any precision.
+"""Plain PyTorch ground truth of the fused training operators, gradients written out, in any precision.
+
+On a CPU the operators run it; a fit there takes fused operators for kurtosis only (``InputQuantizer.fuses``).
 
 The functions mirror those of :mod:`.fake_quant`, :mod:`.gelu_fake_quant`, :mod:`.norm_fake_quant` and
 :mod:`.kurtosis`, where the formulas stand; here the partial sums have one program. Arithmetic is float32, or float64

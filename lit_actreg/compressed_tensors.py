@@ -8,11 +8,10 @@ Weights are stored in one of two formats, Ŵ = (q − z) · s in both:
 
 Both have ``weight_scale`` float32 [N, G]. Inputs: "static" stores ``input_scale`` float32 [1] and
 ``input_zero_point`` int8 [1]; "token" stores nothing (its strategy is ``TOKEN``, or ``GROUP`` for groups of a token's
-columns); "none" has no ``input_activations`` in its group and so is a
-weights-only layer, whoever loads it.
+columns); "none" has no ``input_activations`` in its group and so is a weights-only layer, whoever loads it.
 
-Both are our per-token grids, but for one corner: a token whose range is below 15e-8
-(4 bits) has scale 1e-8 here and its own there. Both give values below 1e-7 of a normal input's.
+Both strategies are our dynamic grids, but for one corner: a token whose range is below 15e-8 (4 bits) has scale 1e-8
+here and its own there. Both give values below 1e-7 of a normal input's.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""Every hyper-parameter of the model, its input quantization and its optimizer: plain dataclasses, a comment a field.
+"""Every hyper-parameter of the model, its input quantization and its optimizer: plain dataclasses.
 
-They are the YAML's vocabulary (LightningCLI shows the comments as help) and travel in checkpoints as plain dicts.
+They are the YAML's vocabulary (LightningCLI shows their docstrings as help) and travel in checkpoints as plain dicts.
 A user's mistake raises ``ValueError`` with one line that names the field, the reason and the mend.
 """
 

@@ -25,9 +25,9 @@ class LossTerm:
             runs inside the compiled, possibly checkpointed block, so it is a pure function of its argument.
         sites: The linears that it sees, named by their input site.
         coefficient: Weight of the term at an optimizer step; evaluated outside the compiled region.
-        tap: The statistic once more, for who wants to say how its gradient gets into y's: a function of y, and of
-            whether y is kept for the backward pass anyway, to (y, statistic). The block goes on with the y returned,
-            and calls this instead of ``statistic``. Of outputs only.
+        tap: Called instead of ``statistic``, of outputs only, by who adds its gradient to that of y itself: a function
+            of y, and of whether the block keeps y for its backward pass anyway, to (y, statistic). The block goes on
+            with the y returned.
         of: Whether the statistic is of outputs or of weights. A block computes both while it runs: there its weights
             are whole also where they are sharded (FSDP2).
     """
@@ -74,7 +74,7 @@ class Quantizer(ABC):
         symmetric: Whether zero is the middle of the grid (no zero points).
 
     Attributes:
-        needs_hessian: Whether ``quantize_weight`` wants H; calibration is skipped where no quantizer does.
+        needs_hessian: Whether ``quantize_weight`` wants H; where no quantizer does, no text is read for it.
     """
 
     needs_hessian: bool = False

@@ -11,8 +11,7 @@ running them. A CUDA graph records the sequence once and replays it with one cal
 on the host: not a shape, not an address, not a decision. So the cache has its full length from the beginning, the
 position is a tensor on the device that the step itself advances, attention stops at the entry that it names
 (:mod:`lit_actreg_kernels.decode_attention`), and the token is drawn on the device and written where the next step reads
-it. On a CPU, and for weights sharded over several
-processes, the same step runs eagerly.
+it. On a CPU, and for weights sharded over several processes, the same step runs eagerly.
 
 **Sampling.** With temperature t > 0 token v has the probability p_v = softmax(logits / t)_v. argmax_v p_v / e_v with
 independent e_v ~ Exp(1) is a draw from it (the smallest of exponential waiting times e_v / p_v: v wins with

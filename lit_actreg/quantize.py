@@ -4,8 +4,8 @@ For every block: the second moments of its linears' inputs, on the activation gr
 (:mod:`lit_actreg.quant.calibration`); a quantizer makes each weight's codes; the result is saved; the hidden states
 advance through the quantized block. Learned clips, or clips calibrated here, become the activation scales.
 
-Resuming: finished blocks lie in ``<output>.work`` (:mod:`lit_actreg.resume`). The same command reads them instead of
-calibrating, and gives the same bytes. The folder goes when the artifact is in its place.
+Resuming: finished blocks lie in ``<output>.work`` (:mod:`lit_actreg.work_folder`). The same command reads them instead
+of calibrating, and gives the same bytes. The folder goes when the artifact is in its place.
 
 Memory: the model, one block and its moments and factors on the device, and the hidden states on the host; the report
 states the terms (:func:`lit_actreg.plan.memory_estimate`).
@@ -40,7 +40,7 @@ from lit_actreg.quant.linear import QuantLinear
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 from lit_actreg.quant.weight_grid import dequantize_weight, relative_layer_error, round_to_nearest
 from lit_actreg.report import print_report
-from lit_actreg.resume import WorkFolder, fingerprint
+from lit_actreg.work_folder import WorkFolder, fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -229,7 +229,9 @@ def test_clamping_leaves_sites_alone_that_had_no_clips(corpus, tmp_path):
 def test_clips_of_a_fit_that_has_none_are_refused(corpus, tmp_path):
     plain = run(corpus, ClipSchedule(), steps=1, quant=QuantConfig(activations="none"))
     plain.trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(ValueError, match=r"clips\.from_checkpoint .* has no clips \(activations"):
+    with pytest.raises(
+        ValueError, match=r"clips\.from_checkpoint .* has no clips at \['attn_proj', 'mlp_in', 'mlp_proj', 'qkv'\]"
+    ):
         run(corpus, ClipSchedule(from_checkpoint=tmp_path / "plain.ckpt"), steps=1)
     partly = run(corpus, ClipSchedule(), steps=1, quant=QuantConfig(sites=["qkv", "mlp_in"]))
     partly.trainer.save_checkpoint(tmp_path / "partly.ckpt")

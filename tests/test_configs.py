@@ -7,8 +7,7 @@ import pytest
 from lit_actreg.cli import main
 
 FOLDER = Path(__file__).parents[1] / "configs"
-# The root files; what lies in folders below is included by these.
-ROOTS = sorted(path.name for path in FOLDER.glob("*.yaml"))
+CONFIGS = sorted(path.name for path in FOLDER.glob("*.yaml"))
 REQUIRED = {
     "quantize": ["--output=out", "--ckpt_path=null"],
     "table": ["--checkpoints={a: a.ckpt}"],
@@ -19,7 +18,7 @@ def subcommand_of(name: str) -> str:
     return name.removesuffix(".yaml").split("_")[0]
 
 
-@pytest.mark.parametrize("name", ROOTS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_it_parses_and_round_trips(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # What is printed is the parsed configuration; the checkpoint that a path names is looked at later, in a run.
@@ -36,7 +35,7 @@ def test_it_parses_and_round_trips(name, tmp_path, capsys, monkeypatch):
     assert printed(tmp_path / "again.yaml") == first
 
 
-@pytest.mark.parametrize("name", ROOTS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_its_first_line_says_what_it_is_for(name):
     first, *_ = (FOLDER / name).read_text().splitlines()
     assert first.startswith("# ")

@@ -81,7 +81,7 @@ class ClipSchedule(Callback):
         for layer, block in enumerate(module.model.blocks):
             for site in SITES:
                 linear = getattr(block, site)
-                if isinstance(linear, QuantLinear) and linear.input_quantizer.mode in ("static", "clamp"):
+                if isinstance(linear, QuantLinear) and linear.input_quantizer.has_clips:
                     named.append((f"{site}/{layer:02d}", linear.input_quantizer))
         return named
 
@@ -103,9 +103,6 @@ class ClipSchedule(Callback):
             return
         checkpoint, path = load_lightning_checkpoint(self.from_checkpoint), self.from_checkpoint
         saved = checkpoint["hyper_parameters"]
-        if saved["quant"]["activations"] not in ("static", "clamp"):
-            mode = saved["quant"]["activations"]
-            raise ValueError(f'clips.from_checkpoint {path} has no clips (activations "{mode}"): name a fit with QAT')
         clipped = QuantConfig(**saved["quant"]).clipped_sites
         if missing := set(pl_module.quant.clipped_sites) - set(clipped):
             raise ValueError(f"clips.from_checkpoint {path} has no clips at {sorted(missing)}: name a fit that has")
@@ -137,7 +134,7 @@ class ClipSchedule(Callback):
         def observer(layer: int, site: str, linear: torch.nn.Module, x: Tensor) -> None:
             quantizer = linear.input_quantizer
             assert isinstance(quantizer, InputQuantizer)
-            if quantizer.mode in ("static", "clamp"):
+            if quantizer.has_clips:
                 clips = initial_clips(
                     x,
                     self.method,

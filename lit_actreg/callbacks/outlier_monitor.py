@@ -47,7 +47,7 @@ def input_statistics(x: Tensor, linear: nn.Module, mean_abs: Tensor) -> dict[str
     found = {"share": (ratios > OUTLIER_RATIO).float().mean(), "largest_ratio": ratios.max()}
     found["kurtosis"] = token_kurtosis(x)
     quantizer = getattr(linear, "input_quantizer", None)
-    if isinstance(quantizer, InputQuantizer) and quantizer.mode in ("static", "clamp"):
+    if isinstance(quantizer, InputQuantizer) and quantizer.has_clips:
         found["saturation"] = ((x < quantizer.low) | (x > quantizer.high)).float().mean()
     if isinstance(quantizer, InputQuantizer) and quantizer.mode not in ("none", "clamp"):
         found["snr_db"] = signal_to_noise(x, quantizer(x))

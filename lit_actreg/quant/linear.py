@@ -42,11 +42,14 @@ class InputQuantizer(nn.Module):
         self.enabled = True
         self.fused: bool | None = None
         self.configure(config)
-        learned = self.mode in ("static", "clamp")
         # On a known bound c⁻ stays: learned, it rose above GELU's minimum and masked the whole negative lobe.
         lowest = -4.0 if lower_bound is None else lower_bound
-        self.low = nn.Parameter(torch.full((1,), lowest), learned and lower_bound is None)
-        self.high = nn.Parameter(torch.full((1,), 4.0), learned)
+        self.low = nn.Parameter(torch.full((1,), lowest), self.has_clips and lower_bound is None)
+        self.high = nn.Parameter(torch.full((1,), 4.0), self.has_clips)
+
+    @property
+    def has_clips(self) -> bool:
+        return self.mode in ("static", "clamp")
 
     def configure(self, config: QuantConfig) -> None:
         """Takes grid, gradient treatment and mode from ``config``."""

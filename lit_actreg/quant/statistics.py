@@ -16,7 +16,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _first(num_tokens: int, every_nth_token: int) -> int:
-    """The first token looked at: in the middle of the first so many."""
+    """The first token looked at: the middle one of the first ``every_nth_token``."""
     return min(every_nth_token // 2, num_tokens - 1)
 
 
