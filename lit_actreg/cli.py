@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_actreg.artifact import is_artifact
 from lit_actreg.callbacks.checkpoint import ResumeCheckpoint, run_folder
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.kurtosis import KurtosisRegularization
@@ -128,26 +129,37 @@ class ActRegCLI(LightningCLI):
         (lightning#21116).
         """
         subcommand = self.config.get("subcommand")
-        options = self.config[subcommand] if subcommand else Namespace()
-        several = options.get("checkpoints") or {}
-        path = options.get("ckpt_path") or options.get("model.init_from") or next(iter(several.values()), None)
-        if subcommand is None or path is None:
+        if subcommand is None:
             return
-        is_keyword = subcommand == "fit" and not Path(path).exists() and Path(path).suffix != ".ckpt"
-        if is_keyword:  # "last", "best": the Trainer finds the file
-            return
-        if subcommand == "fit" and options.get("ckpt_path"):
-            path = options.ckpt_path = str(whole_or_before(Path(path)))
+        options = self.config[subcommand]
+        several, path, begun_from = options.get("checkpoints"), options.get("ckpt_path"), options.model.init_from
+        if subcommand == "fit":
+            # "last", "best" are no paths: the Trainer finds the file
+            if path and (Path(path).exists() or Path(path).suffix == ".ckpt"):
+                path = options.ckpt_path = str(whole_or_before(Path(path)))
+                folder = read_checkpoint_info(Path(path), Path(options.data.cache_dir)).folder
+                if folder is not None and not is_sharded(folder):
+                    raise ValueError(
+                        f"{path} has no optimizer state to resume from: name a .ckpt file of a fit, or start from its "
+                        "weights with model.init_from"
+                    )
+            path = begun_from  # which describes the model of a fit, resumed or not; else the configuration does
+            if path is None:
+                return
+        path = path or begun_from or next(iter((several or {}).values()), None)
+        if path is None:
+            option = "checkpoints" if subcommand == "table" else "ckpt_path"
+            raise ValueError(f"there is no model to {subcommand}: name one with --{option}")
         info = read_checkpoint_info(Path(path), Path(options.data.cache_dir))
-        if subcommand == "fit" and options.get("ckpt_path"):
-            if info.folder is not None and not is_sharded(info.folder):
-                raise ValueError(
-                    f"{path} has no optimizer state to resume from: name a .ckpt file of a fit, or start from its "
-                    "weights with model.init_from"
-                )
-            return  # a resumed fit is described by its own configuration
         if several and info.folder is not None and not is_sharded(info.folder):
             raise ValueError(f"{path} is a folder of weights: `table` compares .ckpt files of fits, name those")
+        if is_artifact(Path(path)) and (subcommand == "fit" or self.config[subcommand].model.quant is not None):
+            what = "a fit starts from others" if subcommand == "fit" else "its activations are part of it"
+            raise ValueError(f"{path} is quantized, {what}: name the checkpoint that it was made from")
+        if info.tokenizer is None and options.data.tokenizer is None:
+            raise ValueError(f"{path} has no tokenizer.json: name its tokenizer with --data.tokenizer")
+        if subcommand == "fit":
+            info.shape.context = max(info.shape.context, options.data.context)
         options.model.shape = Namespace(as_plain(info.shape))
         options.model.vocab_size = options.data.vocab_size = info.vocab_size
         options.data.tokenizer = options.data.tokenizer or (info.tokenizer and str(info.tokenizer))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -43,8 +44,8 @@ class LitLanguageModel(LightningModule):
             everywhere else.
         optim: Optimizer and learning-rate schedule.
         vocab_size: Rows of the embedding; the command line sets it from the data.
-        init_from: Checkpoint whose weights and shape are used instead of new ones: a .ckpt of a fit (clips included), a
-            folder that `quantize` wrote, or an unquantized Hugging Face checkpoint of GPT-NeoX or Llama.
+        init_from: Checkpoint whose weights and shape are used instead of new ones: a .ckpt of a fit (clips included),
+            an unquantized Hugging Face checkpoint of GPT-NeoX or Llama, or (not in a fit) what `quantize` wrote.
         activation_checkpointing: Recompute every block in the backward pass: less memory, up to a third more time.
         compile: Compile every block (and the loss) with torch.compile.
         bfloat16_stream: Keep the residual stream and its gradient in bfloat16 instead of float32, for a fit at
@@ -146,6 +147,16 @@ class LitLanguageModel(LightningModule):
         if num_targets:
             metric.update(self.cross_entropy(self.model.head, hidden, targets), num_targets)
 
+    def on_validation_epoch_start(self) -> None:
+        self._widen(self.val_loss)
+
+    def on_test_epoch_start(self) -> None:
+        self._widen(self.test_loss)
+
+    def _widen(self, metric: MeanMetric) -> None:
+        """Sums in float32 at least: at bf16-true and 16-true Lightning casts a module's metrics, too, and sums stall."""
+        metric.set_dtype(torch.promote_types(self.dtype, torch.float32))
+
     def _log_perplexity(self, metric: MeanMetric, stage: str) -> None:
         loss = metric.compute()
         metric.reset()
@@ -180,9 +191,35 @@ class LitLanguageModel(LightningModule):
         if data is not None:
             checkpoint[TOKENIZER_KEY] = data.tokenizer_path.read_text()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A resumed fit goes on with the model that it began with, or is refused."""
+        saved = checkpoint["hyper_parameters"]
+        before = as_plain(ModelConfig(**saved["shape"])) | as_plain(QuantConfig(**saved["quant"]))
+        now = as_plain(self.shape) | as_plain(self.quant)
+        changed = [f"{name} {before[name]} → {now[name]}" for name in now if before[name] != now[name]]
+        if changed and self.trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError(f"the fit to resume has another model: {', '.join(changed)}: resume with what it had")
+
     # Optimization
 
+    def on_train_start(self) -> None:
+        """What ``optim`` says now holds, also where an optimizer came with a checkpoint and its own rates."""
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        for group, given in zip(optimizer.param_groups, self._optimizer().param_groups, strict=True):
+            if group["name"] != "clips":  # the clip schedule's
+                group |= {key: given[key] for key in ("weight_decay", "betas", "eps")}
+                group["initial_lr"] = given["lr"]
+                group["lr"] = given["lr"] * self.lr_factor(scheduler.last_epoch)
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+
     def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW with three groups: matrices (decayed), norms and biases, and clips (the clip schedule's)."""
         o = self.optim
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -194,11 +231,9 @@ class LitLanguageModel(LightningModule):
         ]
         if clips:
             groups.append({"name": "clips", "params": clips, "weight_decay": 0.0, "lr": 0.0, "betas": (0.0, o.beta2)})
-        optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=all(p.is_cuda for _, p in trained)
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_factor(self, step: int) -> float:
         """Learning rate at an optimizer step over its peak: linear warm-up, then a cosine down to min_lr_ratio."""

@@ -86,7 +86,12 @@ def written() -> list[Path]:
         ("fit --weight_penalty.weight -1", r"weight_penalty\.weight -1\.0 is negative"),
         ("fit --weight_penalty.kind l3", r'"weight_penalty\.kind": Expected .*linf.*Got value: l3'),
         ("fit --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
+        ("fit --model.init_from missing", "missing does not exist"),
         ("validate --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
+        ("validate", "no model to validate: name one with --ckpt_path"),
+        ("predict", "no model to predict: name one with --ckpt_path"),
+        ("quantize --quantizer RTN --output out", "no model to quantize: name one with --ckpt_path"),
+        ("table --checkpoints {} --quantizers []", "no model to table: name one with --checkpoints"),
         ("quantize --output out", "quantizer. is required"),
         ("quantize --output out --quantizer Magic", '"quantizer": .* Magic'),
         ("quantize --output out --quantizer RTN --quantizer.speed 9", "Option 'speed' is not accepted"),
@@ -131,6 +136,8 @@ def test_a_corpus_shorter_than_a_block(tmp_path, capsys):
         ("validate --trainer.plugins W4A4Precision --ckpt_path {checkpoint}", "found no quantized linear"),
         ("fit --ckpt_path {artifact}", "has no optimizer state to resume from"),
         ("fit --model.init_from {corpus}", "config.json"),
+        ("fit --model.init_from {artifact}", "is quantized, a fit starts from others: name the checkpoint that it was"),
+        ("validate --ckpt_path {artifact} --model.quant.activations none", "is quantized, its activations are part of"),
     ],
 )
 def test_a_wrong_path_is_one_line_and_writes_nothing(made, command, line, capsys):
@@ -216,6 +223,11 @@ def test_a_model_without_clips_is_not_given_any(made, capsys):
     command += f" --data.context={CONTEXT} --data.batch_size=4 --data.valid_share=0.1"
     found = mistake(capsys, f"{command} --output=static --model.quant.activations=static")
     assert "hub has no learned clips" in found
+    (folder / "tokenizer.json").rename("elsewhere.json")
+    assert "hub has no tokenizer.json: name its tokenizer with --data.tokenizer" in mistake(
+        capsys, command + " --output=x"
+    )
+    command += " --data.tokenizer=elsewhere.json"
     for output, option, activations in (("token", "", "token"), ("static", "--calibrate=mse", "static")):
         main(shlex.split(f"{command} --output={output} {option}"))
         assert json.loads(Path(output, "report.json").read_text())["activations"] == activations

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from small_fit import CONTEXT, VOCAB_SIZE, datamodule, lit_module, trainer, write_corpus
 
@@ -154,3 +155,55 @@ def test_a_bfloat16_stream_needs_autocast(corpus):
     engine.fit(module, datamodule=data)
     assert set(dtypes) == {torch.bfloat16}
     assert math.isfinite(engine.logger.of("train/loss")[0])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.float32), ("64-true", torch.float64)])
+def test_perplexity_is_summed_up_in_float32_or_wider(corpus, precision, dtype):
+    """Lightning casts a module's metrics with its weights, and a sum of tokens in bfloat16 stalls at 256 batches."""
+
+    class Look(Callback):
+        def on_validation_batch_end(self, trainer, module, *_):
+            assert module.val_loss.weight.dtype == dtype
+            assert module.val_loss.mean_value.dtype == dtype
+
+    module = lit_module()
+    trainer([Look()], limit_val_batches=3, precision=precision).validate(
+        module, datamodule=datamodule(corpus), verbose=False
+    )
+    assert next(module.parameters()).dtype != torch.float32
+
+
+def test_a_resumed_fit_has_the_optimizer_that_is_asked_for_now(corpus, tmp_path):
+    """And with the same options the state that was saved, to the bit (tests/test_preemption.py)."""
+    first = trainer([], steps=3)
+    first.fit(lit_module(lr=1e-2), datamodule=datamodule(corpus))
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    module, lrs = lit_module(lr=1e-3), []
+    module.optim.weight_decay = 0.7
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            lrs.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+    resumed = trainer([Look()], steps=6)
+    resumed.fit(module, datamodule=datamodule(corpus), ckpt_path=tmp_path / "x.ckpt")
+    assert [lr["matrices"] for lr in lrs] == [1e-3 * module.lr_factor(step) for step in (3, 4, 5)]
+    assert [lr["clips"] for lr in lrs] == [0.0] * 3
+    assert [group["weight_decay"] for group in resumed.optimizers[0].param_groups] == [0.7, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda module: setattr(module.shape, "rope_theta", 500.0), r"rope_theta 10000\.0 → 500\.0"),
+        (lambda module: setattr(module.quant, "activation_bits", 8), "activation_bits 4 → 8"),
+    ],
+)
+def test_a_fit_is_not_resumed_with_another_model(corpus, tmp_path, change, line):
+    first = trainer([], steps=1)
+    first.fit(lit_module(), datamodule=datamodule(corpus))
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    other = lit_module()
+    change(other)
+    with pytest.raises(ValueError, match=f"the fit to resume has another model: {line}: resume with what it had"):
+        trainer([], steps=2).fit(other, datamodule=datamodule(corpus), ckpt_path=tmp_path / "x.ckpt")
