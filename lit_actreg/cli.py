@@ -149,7 +149,7 @@ class ActRegCLI(LightningCLI):
         path = path or begun_from or next(iter((several or {}).values()), None)
         if path is None:
             option = "checkpoints" if subcommand == "table" else "ckpt_path"
-            raise ValueError(f"there is no model to {subcommand}: name one with --{option}")
+            raise ValueError(f"{subcommand} needs a trained model: name one with --{option}")
         info = read_checkpoint_info(Path(path), Path(options.data.cache_dir))
         if several and info.folder is not None and not is_sharded(info.folder):
             raise ValueError(f"{path} is a folder of weights: `table` compares .ckpt files of fits, name those")
@@ -175,7 +175,7 @@ class ActRegCLI(LightningCLI):
             wanted = QuantConfig(**options.model.quant)
             if unlearned := sorted(set(wanted.clipped_sites) - set(info.quant.clipped_sites)):
                 raise ValueError(f"{path} has no clips at {unlearned}: its model.quant is {as_plain(info.quant)}")
-        if info.folder is not None and not several:
+        if info.folder is not None and not several and subcommand != "fit":
             options.model.init_from, options.ckpt_path = path, None
         rank_zero_info(f"Shape, vocabulary and tokenizer come from {path}")
 

@@ -154,8 +154,8 @@ class LitLanguageModel(LightningModule):
         self._widen(self.test_loss)
 
     def _widen(self, metric: MeanMetric) -> None:
-        """Sums in float32 at least: at bf16-true and 16-true Lightning casts a module's metrics, too, and sums stall."""
-        metric.set_dtype(torch.promote_types(self.dtype, torch.float32))
+        """Sums in float32 at least: at bf16-true and 16-true Lightning casts a module's metrics, and sums stall."""
+        metric.set_dtype(torch.float64 if self.dtype == torch.float64 else torch.float32)
 
     def _log_perplexity(self, metric: MeanMetric, stage: str) -> None:
         loss = metric.compute()

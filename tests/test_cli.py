@@ -88,10 +88,10 @@ def written() -> list[Path]:
         ("fit --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
         ("fit --model.init_from missing", "missing does not exist"),
         ("validate --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
-        ("validate", "no model to validate: name one with --ckpt_path"),
-        ("predict", "no model to predict: name one with --ckpt_path"),
-        ("quantize --quantizer RTN --output out", "no model to quantize: name one with --ckpt_path"),
-        ("table --checkpoints {} --quantizers []", "no model to table: name one with --checkpoints"),
+        ("validate", "validate needs a trained model: name one with --ckpt_path"),
+        ("predict", "predict needs a trained model: name one with --ckpt_path"),
+        ("quantize --quantizer RTN --output out", "quantize needs a trained model: name one with --ckpt_path"),
+        ("table --checkpoints {} --quantizers []", "table needs a trained model: name one with --checkpoints"),
         ("quantize --output out", "quantizer. is required"),
         ("quantize --output out --quantizer Magic", '"quantizer": .* Magic'),
         ("quantize --output out --quantizer RTN --quantizer.speed 9", "Option 'speed' is not accepted"),
@@ -211,14 +211,19 @@ def test_an_override_of_one_field_leaves_the_checkpoints_others(made, in_a_file)
     assert as_plain(quant) == expected
 
 
-def test_a_model_without_clips_is_not_given_any(made, capsys):
+def hub(made, folder: Path) -> None:
+    """Writes the model, without its clips, as a Hugging Face folder."""
     model = load_decoder(made["checkpoint"])
-    folder = Path("hub")
     folder.mkdir()
     state = {name: tensor.clone() for name, tensor in to_huggingface(model.config, model.state_dict()).items()}
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(huggingface_config(model.config, model.vocab_size)))
     shutil.copyfile(made["artifact"] / "tokenizer.json", folder / "tokenizer.json")
+
+
+def test_a_model_without_clips_is_not_given_any(made, capsys):
+    folder = Path("hub")
+    hub(made, folder)
     command = f"quantize --quantizer=RTN --ckpt_path=hub {QUIET} --data.source={made['corpus']}"
     command += f" --data.context={CONTEXT} --data.batch_size=4 --data.valid_share=0.1"
     found = mistake(capsys, f"{command} --output=static --model.quant.activations=static")
@@ -231,6 +236,25 @@ def test_a_model_without_clips_is_not_given_any(made, capsys):
     for output, option, activations in (("token", "", "token"), ("static", "--calibrate=mse", "static")):
         main(shlex.split(f"{command} --output={output} {option}"))
         assert json.loads(Path(output, "report.json").read_text())["activations"] == activations
+
+
+@pytest.mark.parametrize("begun_from", ["ckpt", "hub"])
+def test_a_fit_that_began_from_others_weights_is_resumed(made, begun_from, capsys):
+    """Its shape is theirs, not the configuration's; and it knows the longer of the two contexts."""
+    if begun_from == "hub":
+        hub(made, Path("hub"))
+    start = made["checkpoint"] if begun_from == "ckpt" else "hub"
+    command = f"fit --model.init_from={start} --data.source={made['corpus']} --data.context=48 {QUIET}"
+    command += " --data.batch_size=4 --data.valid_share=0.2"
+    command += " --checkpoint.every_n_steps=2 --outliers.every_n_steps=0 --trainer.limit_val_batches=1"
+    command += " --trainer.logger=TensorBoardLogger --trainer.logger.save_dir=runs --data.num_workers=0"
+    main(shlex.split(f"{command} --trainer.max_steps=2"))
+    main(shlex.split(f"{command} --trainer.max_steps=4 --ckpt_path=last"))
+    (last,) = Path("runs").glob("*/version_1/checkpoints/step=4.ckpt")
+    saved = torch.load(last, weights_only=True)
+    assert saved["global_step"] == 4
+    assert saved["hyper_parameters"]["shape"]["context"] == 48 > CONTEXT
+    assert saved["hyper_parameters"]["shape"]["width"] == 32
 
 
 def test_fit_quantize_validate_is_what_the_fixture_ran(made, capsys):

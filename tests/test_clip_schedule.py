@@ -1,5 +1,6 @@
 """Clips start where calibration puts them and move as the schedule says, by the global step, resumed or not."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -240,3 +241,11 @@ def test_clips_of_a_fit_that_has_none_are_refused(corpus, tmp_path):
     engine = trainer([ClipSchedule(from_checkpoint=tmp_path / "partly.ckpt")], 1)
     with pytest.raises(ValueError, match="is of another shape"):
         engine.fit(lit_module(QuantConfig(sites=["qkv"]), style="llama"), datamodule=datamodule(corpus))
+
+
+def test_a_schedule_that_ends_at_other_bits_is_said(corpus):
+    with pytest.warns(UserWarning, match=r"clips\.bits are 16 at the last step, 1; .*activation_bits, 4"):
+        run(corpus, ClipSchedule(bits={0: 16, 5: 4}), steps=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="clips.bits")
+        run(corpus, ClipSchedule(bits={0: 16, 1: 4}), steps=2)

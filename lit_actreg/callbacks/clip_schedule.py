@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -99,6 +100,12 @@ class ClipSchedule(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitLanguageModel)
         self._bits = None
+        wanted, end = pl_module.quant.activation_bits, trainer.max_steps
+        if end > 0 and (last := self.bits_at(end - 1, wanted)) != wanted:
+            rank_zero_warn(
+                f"clips.bits are {last} at the last step, {end - 1}; models are validated and quantized with "
+                f"model.quant.activation_bits, {wanted}"
+            )
         if self.from_checkpoint is None or trainer.global_step > 0:
             return
         checkpoint, path = load_lightning_checkpoint(self.from_checkpoint), self.from_checkpoint
