@@ -5,11 +5,13 @@ activations. A model trained with clips uses its own; one without gets dynamic p
 4-bit rows run as integers, through the Trainer's precision plugin where it is
 :class:`~lit_actreg_plugins.w4a4_precision.W4A4Precision`.
 
-Artifacts and results lie in the output folder. A number that is already there, for the same checkpoint file, is not
-computed again; so an interrupted table continues, and one more checkpoint costs its own rows only.
+Artifacts and results lie in the output folder. Each number stands in results.json beside all that it was made from, and
+is not computed again where that is the same: checkpoint file, text, quantizer and its options, calibration tokens,
+precision plugin. So an interrupted table continues, and one more checkpoint costs its own rows only.
 """
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -67,6 +69,20 @@ def column(weights: str, activation_bits: int) -> str:
     return f"{bits}A{activation_bits} {method}".strip()
 
 
+def plain(part: Any) -> dict[str, Any]:
+    """Class and options of a quantizer or plugin, as they read in JSON."""
+    options = json.loads(json.dumps(vars(part), default=str))
+    return {"class": f"{type(part).__module__}.{type(part).__qualname__}", **options}
+
+
+def num_sequences(data: TextDataModule, limit: int | float) -> int:
+    """How many validation sequences a perplexity is of; limit as trainer.limit_val_batches: batches, or a share."""
+    num_batches = limit if isinstance(limit, int) else int(limit * len(data.val_dataloader()))
+    if num_batches < 1:
+        raise ValueError(f"trainer.limit_val_batches {limit} leaves no batch to compute a perplexity of: raise it")
+    return min(num_batches * data.batch_size, len(data.blocks["valid"]))
+
+
 def fill_table(
     checkpoints: dict[str, Path],
     quantizers: list[Quantizer],
@@ -75,6 +91,8 @@ def fill_table(
     calibration_tokens: int,
     device: torch.device,
     convert: Callable[[Decoder], Any],
+    precision: dict[str, Any] | None = None,
+    limit_val_batches: int | float = 1.0,
 ) -> Results:
     """Computes what is missing from ``output/results.json`` and returns all of it.
 
@@ -86,40 +104,53 @@ def fill_table(
         calibration_tokens: Tokens of the training text that calibration sees.
         device: Where to compute.
         convert: Swaps the linears of an artifact's decoder for integer kernels, in place.
+        precision: What ``convert`` is and its options (:func:`plain`).
+        limit_val_batches: The first so many batches, or share of the batches, are the text.
     """
+    weights = ["W16", *(f"W{q.bits} {type(q).__name__}" for q in quantizers)]
+    sequences = num_sequences(data, limit_val_batches)
+    num_batches = math.ceil(sequences / data.batch_size)
     output.mkdir(parents=True, exist_ok=True)
     stored = output / "results.json"
     known: dict[str, dict[str, Any]] = json.loads(stored.read_text()) if stored.exists() else {}
-    weights = ["W16", *(f"W{q.bits} {type(q).__name__}" for q in quantizers)]
+
+    def store(name: str, what: str, made_from: dict[str, Any], **found: float) -> None:
+        known[name][what] = {**found, "made_from": made_from}
+        stored.write_text(json.dumps(known, indent=2) + "\n")
+
     progress = tqdm(total=len(checkpoints) * len(weights) * 2, desc="table", unit="perplexity")
     for name, path in checkpoints.items():
         if (activations := load_decoder(path).quant.activations) in ("rotated", "quest"):
             raise ValueError(
                 f'{name} was trained with activations "{activations}", which no artifact holds: validate it'
             )
-        status = path.stat()
+        row, status = known.setdefault(name, {}), path.stat()
         file = [str(path.resolve()), status.st_mtime, status.st_size]
-        if known.get(name, {}).get("file") != file:
-            known[name] = {"file": file, "perplexity": {}}
-        row = known[name]["perplexity"]
         for label, quantizer in zip(weights, [None, *quantizers], strict=True):
             folder = output / f"{name}-{label.replace(' ', '-')}".lower()
+            artifact: dict[str, Any] = {"checkpoint": file, "text": data.packed_folder.name}
+            if quantizer is not None:
+                artifact |= {"quantizer": plain(quantizer), "calibration_tokens": calibration_tokens}
             for bits in (16, 4):
                 progress.update()
-                if column(label, bits) in row:
+                number = artifact | {"sequences": sequences}
+                if quantizer is not None and bits == 4:
+                    number["precision"] = precision
+                if row.get(column(label, bits), {}).get("made_from") == number:
                     continue
                 model = load_decoder(path)
                 trained = model.quant
                 if quantizer is None:
                     model.set_activations(with_activations(trained, bits))
                 else:
-                    if not row.get(f"artifact {label}") or not is_artifact(folder):
+                    same = row.get(f"artifact {label}", {}).get("made_from") == artifact
+                    if not same or not is_artifact(folder):
                         model.set_activations(with_activations(trained, 4))
                         batches = data.calibration_batches(calibration_tokens, seed=0)
                         quantize_model(
                             model, quantizer, batches, folder, data.tokenizer_path, device=device, overwrite=True
                         )
-                        row[f"artifact {label}"] = 1.0
+                        store(name, f"artifact {label}", artifact)
                     model = read_artifact(folder)
                     if bits == 4:
                         convert(model)
@@ -127,11 +158,11 @@ def fill_table(
                         for layer in model.modules():
                             if isinstance(layer, QuantizedLinear):
                                 layer.activations = "none"
-                row[column(label, bits)] = perplexity(model, data.val_dataloader(), device)
-                stored.write_text(json.dumps(known, indent=2) + "\n")
+                text = itertools.islice(data.val_dataloader(), num_batches)
+                store(name, column(label, bits), number, perplexity=perplexity(model, text, device))
     progress.close()
     columns = [column(label, bits) for label in weights for bits in (16, 4)]
-    return {name: {c: known[name]["perplexity"][c] for c in columns} for name in checkpoints}
+    return {name: {c: known[name][c]["perplexity"] for c in columns} for name in checkpoints}
 
 
 def write_table(results: Results, output: Path) -> str:
