@@ -1,9 +1,9 @@
 """The paper's Table 1 for a set of checkpoints: perplexity by weight bits, quantizer and activations.
 
-For every checkpoint: its float weights, then one artifact a quantizer, each with native (16-bit) and with 4-bit
-activations. A model trained with clips uses its own; one without gets dynamic per-token grids, as the paper's RTN.
-4-bit rows run as integers, through the Trainer's precision plugin where it is
-:class:`~lit_actreg_plugins.w4a4_precision.W4A4Precision`.
+For every checkpoint: its float weights, then one artifact a quantizer, each with native (16-bit) and with quantized
+activations, of the bits that the models were trained with. A model trained with clips uses its own; one without gets
+dynamic per-token grids, as the paper's RTN, of the other models' bits or else 4. Quantized activations run as integers,
+through the Trainer's precision plugin where it is :class:`~lit_actreg_plugins.w4a4_precision.W4A4Precision`.
 
 Artifacts and results lie in the output folder. Each number stands in results.json beside all that it was made from, and
 is not computed again where that is the same: checkpoint file, text, quantizer and its options, calibration tokens,
@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_actreg.artifact import is_artifact, read_artifact
-from lit_actreg.checkpoint import load_decoder
+from lit_actreg.checkpoint import TOKENIZER_KEY, load_decoder, load_lightning_checkpoint
 from lit_actreg.config import QuantConfig
 from lit_actreg.contracts import Quantizer
 from lit_actreg.data.datamodule import TextDataModule
@@ -53,12 +53,11 @@ def perplexity(model: Decoder, batches: Iterable[Tensor], device: torch.device) 
 
 
 def with_activations(quant: QuantConfig, bits: int) -> QuantConfig:
-    """The same model's quantization with native activations (16), or with 4-bit ones: its clips, or per token."""
+    """The same model's quantization with native activations (16), or with quantized ones: its clips, or per token."""
     if bits == 16:
         return replace(quant, activations="none")
-    if (
-        quant.activations == "none"
-    ):  # a 16-bit model's configuration may name sites and groups; the paper's RTN has none
+    quant = replace(quant, activation_bits=bits)
+    if quant.activations == "none":  # its configuration may name sites and groups; the paper's RTN has none
         return replace(quant, activations="token", token_group_size=None)
     return replace(quant, activations="token" if quant.activations == "token" else "static")
 
@@ -69,10 +68,51 @@ def column(weights: str, activation_bits: int) -> str:
     return f"{bits}A{activation_bits} {method}".strip()
 
 
+def weight_names(quantizers: list[Quantizer]) -> list[str]:
+    """Names like "W4 GPTQ"; where several share one, also the options in which they differ: "W4 GPTQ group_size=32"."""
+    named = [(f"W{q.bits} {type(q).__name__}", vars(q)) for q in quantizers]
+    names = []
+    for name, options in named:
+        others = [theirs for its_name, theirs in named if its_name == name]
+        differing = [f"{key}={value}" for key, value in options.items() if any(o.get(key) != value for o in others)]
+        names.append(" ".join([name, *differing]))
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"quantizers has {', '.join(twice)} twice with the same options: name each once")
+    return names
+
+
 def plain(part: Any) -> dict[str, Any]:
     """Class and options of a quantizer or plugin, as they read in JSON."""
     options = json.loads(json.dumps(vars(part), default=str))
     return {"class": f"{type(part).__module__}.{type(part).__qualname__}", **options}
+
+
+def common_bits(checkpoints: dict[str, Path]) -> int:
+    """Bits of the checkpoints' activations; refuses those whose numbers could not stand in one table."""
+    if not checkpoints:
+        raise ValueError("checkpoints is empty: name .ckpt files, for instance '{ours: runs/a/last.ckpt}'")
+    bits: dict[str, int] = {}
+    first: tuple[str, Any, Any] | None = None
+    for name, path in checkpoints.items():
+        checkpoint = load_lightning_checkpoint(path)
+        quant = QuantConfig(**checkpoint["hyper_parameters"]["quant"])
+        if quant.activations in ("rotated", "quest"):
+            raise ValueError(
+                f'{name} was trained with activations "{quant.activations}", which no artifact holds: validate it'
+            )
+        if quant.activations != "none":
+            bits[name] = quant.activation_bits
+        text, vocab_size = checkpoint.get(TOKENIZER_KEY), checkpoint["hyper_parameters"]["vocab_size"]
+        first = first or (name, text, vocab_size)
+        if (text, vocab_size) != first[1:]:
+            what = "tokenizer" if text != first[1] else "vocab_size"
+            raise ValueError(
+                f"checkpoints {name} has another {what} than {first[0]}, so their perplexities are of other tokens: "
+                "give it a table of its own"
+            )
+    if len(set(bits.values())) > 1:
+        raise ValueError(f"checkpoints have activations of different bits, {bits}: give each a table of its own")
+    return next(iter(bits.values()), 4)
 
 
 def num_sequences(data: TextDataModule, limit: int | float) -> int:
@@ -107,7 +147,7 @@ def fill_table(
         precision: What ``convert`` is and its options (:func:`plain`).
         limit_val_batches: The first so many batches, or share of the batches, are the text.
     """
-    weights = ["W16", *(f"W{q.bits} {type(q).__name__}" for q in quantizers)]
+    weights, activation_bits = ["W16", *weight_names(quantizers)], common_bits(checkpoints)
     sequences = num_sequences(data, limit_val_batches)
     num_batches = math.ceil(sequences / data.batch_size)
     output.mkdir(parents=True, exist_ok=True)
@@ -120,21 +160,18 @@ def fill_table(
 
     progress = tqdm(total=len(checkpoints) * len(weights) * 2, desc="table", unit="perplexity")
     for name, path in checkpoints.items():
-        if (activations := load_decoder(path).quant.activations) in ("rotated", "quest"):
-            raise ValueError(
-                f'{name} was trained with activations "{activations}", which no artifact holds: validate it'
-            )
         row, status = known.setdefault(name, {}), path.stat()
         file = [str(path.resolve()), status.st_mtime, status.st_size]
         for label, quantizer in zip(weights, [None, *quantizers], strict=True):
             folder = output / f"{name}-{label.replace(' ', '-')}".lower()
             artifact: dict[str, Any] = {"checkpoint": file, "text": data.packed_folder.name}
+            artifact["activation_bits"] = activation_bits
             if quantizer is not None:
                 artifact |= {"quantizer": plain(quantizer), "calibration_tokens": calibration_tokens}
-            for bits in (16, 4):
+            for bits in (16, activation_bits):
                 progress.update()
                 number = artifact | {"sequences": sequences}
-                if quantizer is not None and bits == 4:
+                if quantizer is not None and bits == activation_bits:
                     number["precision"] = precision
                 if row.get(column(label, bits), {}).get("made_from") == number:
                     continue
@@ -145,14 +182,14 @@ def fill_table(
                 else:
                     same = row.get(f"artifact {label}", {}).get("made_from") == artifact
                     if not same or not is_artifact(folder):
-                        model.set_activations(with_activations(trained, 4))
+                        model.set_activations(with_activations(trained, activation_bits))
                         batches = data.calibration_batches(calibration_tokens, seed=0)
                         quantize_model(
                             model, quantizer, batches, folder, data.tokenizer_path, device=device, overwrite=True
                         )
                         store(name, f"artifact {label}", artifact)
                     model = read_artifact(folder)
-                    if bits == 4:
+                    if bits == activation_bits:
                         convert(model)
                     else:
                         for layer in model.modules():
@@ -161,7 +198,7 @@ def fill_table(
                 text = itertools.islice(data.val_dataloader(), num_batches)
                 store(name, column(label, bits), number, perplexity=perplexity(model, text, device))
     progress.close()
-    columns = [column(label, bits) for label in weights for bits in (16, 4)]
+    columns = [column(label, bits) for label in weights for bits in (16, activation_bits)]
     return {name: {c: known[name][c]["perplexity"] for c in columns} for name in checkpoints}
 
 
@@ -184,5 +221,5 @@ def write_table(results: Results, output: Path) -> str:
     names = max(len(name) for name in ["model", *results])
     lines = ["  ".join([f"{'model':{names}}", *(f"{c:>10}" for c in columns)])]
     for name, row in results.items():
-        lines.append("  ".join([f"{name:{names}}", *(f"{row[c]:>10.2f}" for c in columns)]))
+        lines.append("  ".join([f"{name:{names}}", *(f"{row[c]:>{max(10, len(c))}.2f}" for c in columns)]))
     return "\n".join(lines)

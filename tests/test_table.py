@@ -12,11 +12,11 @@ from lit_actreg_plugins.rtn import RTN
 from lit_actreg_plugins.w4a4_precision import W4A4Precision
 
 from lit_actreg.artifact import read_artifact
-from lit_actreg.checkpoint import load_decoder
+from lit_actreg.checkpoint import TOKENIZER_KEY, load_decoder
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.module import LitLanguageModel
-from lit_actreg.table import fill_table, perplexity, plain, with_activations, write_table
+from lit_actreg.table import fill_table, perplexity, plain, weight_names, with_activations, write_table
 
 CPU = torch.device("cpu")
 
@@ -36,18 +36,18 @@ def data(tmp_path: Path) -> TextDataModule:
     return text(tmp_path)
 
 
-def checkpoint(path: Path, activations: str) -> Path:
+def checkpoint(path: Path, activations: str, bits: int = 4, tokenizer: str = "{}", vocab_size: int = 300) -> Path:
     torch.manual_seed(0)
     module = LitLanguageModel(
         ModelConfig(num_layers=2, width=32, num_heads=2, context=16, init_std=0.3),
-        QuantConfig(activations=activations),  # type: ignore[arg-type]
-        vocab_size=300,
+        QuantConfig(activations=activations, activation_bits=bits),  # type: ignore[arg-type]
+        vocab_size=vocab_size,
     )
     module.configure_model()
     for name, parameter in module.model.named_parameters():
         if name.endswith("high"):
             parameter.data.fill_(1.5)  # narrow enough to be told from every other grid
-    saved = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    saved = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), TOKENIZER_KEY: tokenizer}
     torch.save(saved, path)
     return path
 
@@ -123,6 +123,27 @@ def test_what_was_made_from_something_else_is_computed_again(tmp_path, data, mon
         assert after["a"]["W4A4 RTN"] != before["a"]["W4A4 RTN"], "the artifact is still that of the other options"
 
 
+def test_columns_are_named_by_the_bits_that_the_models_have(tmp_path, data):
+    paths = {name: checkpoint(tmp_path / f"{name}.ckpt", name, bits=8) for name in ("static", "token")}
+    paths["plain"] = checkpoint(tmp_path / "plain.ckpt", "none")
+    results = table(paths, [RTN(bits=4)], data, tmp_path / "table")
+    for name, row in results.items():
+        assert list(row) == ["W16A16", "W16A8", "W4A16 RTN", "W4A8 RTN"]
+        model = load_decoder(paths[name])
+        model.set_activations(QuantConfig("static" if name == "static" else "token", activation_bits=8))
+        assert row["W16A8"] == pytest.approx(perplexity(model, data.val_dataloader(), CPU), rel=1e-6)
+        assert read_artifact(tmp_path / "table" / f"{name}-w4-rtn").quant.activation_bits == 8
+
+
+def test_quantizers_of_one_class_and_bits_keep_columns_of_their_own(tmp_path, data):
+    quantizers = [RTN(bits=4), RTN(bits=4, group_size=16), RTN(bits=3)]
+    assert weight_names(quantizers) == ["W4 RTN group_size=None", "W4 RTN group_size=16", "W3 RTN"]
+    row = table({"a": checkpoint(tmp_path / "a.ckpt", "static")}, quantizers, data, tmp_path / "table")["a"]
+    assert row["W4A4 RTN group_size=None"] != row["W4A4 RTN group_size=16"]
+    with pytest.raises(ValueError, match="quantizers has W4 RTN twice with the same options: name each once"):
+        weight_names([RTN(bits=4), RTN(bits=4)])
+
+
 def test_the_first_batches_are_the_text_where_their_number_is_limited(tmp_path, data):
     paths = {"a": checkpoint(tmp_path / "a.ckpt", "none")}
     batches = list(data.val_dataloader())
@@ -131,6 +152,26 @@ def test_the_first_batches_are_the_text_where_their_number_is_limited(tmp_path, 
         assert found == pytest.approx(perplexity(load_decoder(paths["a"]), batches[:num_batches], CPU), rel=1e-6)
     with pytest.raises(ValueError, match="limit_val_batches 0 leaves no batch"):
         table(paths, [], data, tmp_path / "table", limit_val_batches=0)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"tokenizer": '{"version": "1.0"}'}, "other has another tokenizer than ours"),
+        ({"vocab_size": 310}, "other has another vocab_size than ours"),
+        ({"bits": 8}, r"activations of different bits, \{'ours': 4, 'other': 8\}"),
+    ],
+)
+def test_checkpoints_that_do_not_compare_are_refused(tmp_path, data, other, says):
+    paths = {
+        "ours": checkpoint(tmp_path / "a.ckpt", "static"),
+        "other": checkpoint(tmp_path / "b.ckpt", "static", **other),
+    }
+    with pytest.raises(ValueError, match=says) as caught:
+        table(paths, [RTN(bits=4)], data, tmp_path / "table")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"checkpoints is empty: name \.ckpt files"):
+        table({}, [RTN(bits=4)], data, tmp_path / "table")
 
 
 def test_parts_read_as_plain_values():
