@@ -181,6 +181,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus, tmp_path, options, say
         assert not list(tmp_path.glob("packed-*")) + list(tmp_path.glob(".*-*/"))
 
 
+def test_too_short_a_valid_source_is_named(corpus, tmp_path):
+    (tmp_path / "valid.txt").write_text("the end")
+    says = r"^data\.valid_source '.*valid\.txt' gives 1 validation documents, less than one block .*: give more text or"
+    with pytest.raises(ValueError, match=says):
+        ready(corpus, cache_dir=str(tmp_path), valid_source=str(tmp_path / "valid.txt"))
+
+
 def test_empty_documents_are_an_empty_corpus(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(ValueError, match=r"shorter than one block|cannot be read"):
