@@ -254,12 +254,13 @@ class TextDataModule(LightningDataModule):
         return self._eval_dataloader("test")
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
-        """The prompts, one int64 [1, T] each."""
+        """The prompts, one int64 [1, T] each, encoded as training text is: without the tokenizer's special tokens."""
         if not self.prompts:
             raise ValueError("data.prompts is empty: give the texts to continue, for instance \"['The state of']\"")
         tokenizer = load_tokenizer(self.tokenizer_path, self.vocab_size)
         empty = [end_of_text(tokenizer, self.tokenizer_path)]
-        encoded = [torch.tensor([tokenizer.encode(prompt).ids or empty]) for prompt in self.prompts]
+        ids = [tokenizer.encode(prompt, add_special_tokens=False).ids or empty for prompt in self.prompts]
+        encoded = [torch.tensor([prompt_ids]) for prompt_ids in ids]
         return DataLoader(encoded, batch_size=None)  # type: ignore[arg-type]
 
     def decode(self, ids: Tensor) -> str:
