@@ -3,6 +3,7 @@
 And a number that is there already stands only for what it was made from.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.table import fill_table, perplexity, plain, weight_names, with_activations, write_table
+from lit_actreg.trainer import ActRegTrainer
 
 CPU = torch.device("cpu")
 
@@ -172,6 +174,16 @@ def test_checkpoints_that_do_not_compare_are_refused(tmp_path, data, other, says
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"checkpoints is empty: name \.ckpt files"):
         table({}, [RTN(bits=4)], data, tmp_path / "table")
+
+
+def test_the_trainer_tells_the_table_its_plugin_and_limit(tmp_path, data):
+    paths = {"a": checkpoint(tmp_path / "a.ckpt", "static")}
+    quiet = {"logger": False, "accelerator": "cpu", "devices": 1}
+    engine = ActRegTrainer(limit_val_batches=1, plugins=W4A4Precision("bfloat16"), **quiet)
+    engine.table(LitLanguageModel(ModelConfig()), data, paths, [RTN(bits=4)], tmp_path / "out", 256)
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["a"]
+    assert row["W4A4 RTN"]["made_from"]["precision"] == plain(W4A4Precision("bfloat16"))
+    assert row["W4A4 RTN"]["made_from"]["sequences"] == data.batch_size
 
 
 def test_parts_read_as_plain_values():
