@@ -143,8 +143,10 @@ def write_artifact(
         overwrite: Whether an artifact that is already there is replaced.
     """
     check_output(path, overwrite)
-    config, first = artifact.config, artifact.linears[0]["qkv"]
-    chosen = choose_format(first.weight_bits, first.weight_zero_point is None, format)
+    config = artifact.config
+    # where a group is as wide as some layers, their one scale a row does not tell that there are groups
+    example = max(artifact.linears[0].values(), key=lambda linear: linear.weight_scale.shape[1])
+    chosen = choose_format(example.weight_bits, example.weight_zero_point is None, format)
     tensors = {
         theirs: artifact.outside[ours].float().cpu().contiguous() for ours, theirs in outside_names(config).items()
     }
@@ -154,10 +156,10 @@ def write_artifact(
             tensors |= to_gptq(stored, linear.weight_bits) if chosen == "gptq_v2" else stored
     theirs = huggingface_config(config, artifact.vocab_size)
     if chosen == "gptq_v2":
-        group_size = first.in_features // first.weight_scale.shape[1]
-        theirs["quantization_config"] = gptq_config(first.weight_bits, group_size, first.weight_zero_point is None)
+        group_size = example.in_features // example.weight_scale.shape[1]
+        theirs["quantization_config"] = gptq_config(example.weight_bits, group_size, example.weight_zero_point is None)
     else:
-        theirs["quantization_config"] = quantization_config(config, artifact.quant, first, chosen)
+        theirs["quantization_config"] = quantization_config(config, artifact.quant, example, chosen)
     theirs["lit_actreg"] = {"version": ARTIFACT_VERSION, "quantizer": artifact.quantizer}
 
     partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")

@@ -44,6 +44,10 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        for name in ("num_layers", "width", "num_heads", "num_kv_heads", "mlp_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} is too small: use 1 or more")
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(f"width {self.width} does not split into {self.num_heads} heads of even width: change one")
         if self.num_heads % self.kv_heads:

@@ -64,9 +64,12 @@ def to_gptq(tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
             scale_NG = tensors[f"{prefix}.weight_scale"]
             zero_NG = tensors.get(f"{prefix}.weight_zero_point", torch.zeros_like(scale_NG, dtype=torch.int8))
             columns, groups = tensor.shape[1], scale_NG.shape[1]
+            # one group, [N, 1], is contiguous both ways round, and contiguous() would leave it strides that cannot be
+            # viewed as wider words
+            zero_GN = zero_NG.t().clone(memory_format=torch.contiguous_format)
             result |= {
                 f"{prefix}.qweight": pack_int32(tensor, bits).t().contiguous(),
-                f"{prefix}.qzeros": pack_int32(zero_NG.t(), bits),
+                f"{prefix}.qzeros": pack_int32(zero_GN, bits),
                 f"{prefix}.scales": scale_NG.t().to(torch.float16).contiguous(),
                 f"{prefix}.g_idx": (torch.arange(columns) // (columns // groups)).to(torch.int32),
             }

@@ -1,15 +1,17 @@
 """The paper's Table 1 for a set of checkpoints: perplexity by weight bits, quantizer and activations.
 
-For every checkpoint: its float weights, then one artifact a quantizer, each with native (16-bit) and with 4-bit
-activations. A model trained with clips uses its own; one without gets dynamic per-token grids, as the paper's RTN.
-4-bit rows run as integers, through the Trainer's precision plugin where it is
-:class:`~lit_actreg_plugins.w4a4_precision.W4A4Precision`.
+For every checkpoint: its float weights, then one artifact a quantizer, each with native (16-bit) and with quantized
+activations, of the bits that the models were trained with. A model trained with clips uses its own; one without gets
+dynamic per-token grids, as the paper's RTN, of the other models' bits or else 4. Quantized activations run as integers,
+through the Trainer's precision plugin where it is :class:`~lit_actreg_plugins.w4a4_precision.W4A4Precision`.
 
-Artifacts and results lie in the output folder. A number that is already there, for the same checkpoint file, is not
-computed again; so an interrupted table continues, and one more checkpoint costs its own rows only.
+Artifacts and results lie in the output folder. Each number stands in results.json beside all that it was made from, and
+is not computed again where that is the same: checkpoint file, text, quantizer and its options, calibration tokens,
+precision plugin. So an interrupted table continues, and one more checkpoint costs its own rows only.
 """
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -24,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_actreg.artifact import is_artifact, read_artifact
-from lit_actreg.checkpoint import load_decoder
+from lit_actreg.checkpoint import TOKENIZER_KEY, load_decoder, load_lightning_checkpoint
 from lit_actreg.config import QuantConfig
 from lit_actreg.contracts import Quantizer
 from lit_actreg.data.datamodule import TextDataModule
@@ -51,12 +53,11 @@ def perplexity(model: Decoder, batches: Iterable[Tensor], device: torch.device) 
 
 
 def with_activations(quant: QuantConfig, bits: int) -> QuantConfig:
-    """The same model's quantization with native activations (16), or with 4-bit ones: its clips, or per token."""
+    """The same model's quantization with native activations (16), or with quantized ones: its clips, or per token."""
     if bits == 16:
         return replace(quant, activations="none")
-    if (
-        quant.activations == "none"
-    ):  # a 16-bit model's configuration may name sites and groups; the paper's RTN has none
+    quant = replace(quant, activation_bits=bits)
+    if quant.activations == "none":  # its configuration may name sites and groups; the paper's RTN has none
         return replace(quant, activations="token", token_group_size=None)
     return replace(quant, activations="token" if quant.activations == "token" else "static")
 
@@ -67,6 +68,61 @@ def column(weights: str, activation_bits: int) -> str:
     return f"{bits}A{activation_bits} {method}".strip()
 
 
+def weight_names(quantizers: list[Quantizer]) -> list[str]:
+    """Names like "W4 GPTQ"; where several share one, also the options in which they differ: "W4 GPTQ group_size=32"."""
+    named = [(f"W{q.bits} {type(q).__name__}", vars(q)) for q in quantizers]
+    names = []
+    for name, options in named:
+        others = [theirs for its_name, theirs in named if its_name == name]
+        differing = [f"{key}={value}" for key, value in options.items() if any(o.get(key) != value for o in others)]
+        names.append(" ".join([name, *differing]))
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"quantizers has {', '.join(twice)} twice with the same options: name each once")
+    return names
+
+
+def plain(part: Any) -> dict[str, Any]:
+    """Class and options of a quantizer or plugin, as they read in JSON."""
+    options = json.loads(json.dumps(vars(part), default=str))
+    return {"class": f"{type(part).__module__}.{type(part).__qualname__}", **options}
+
+
+def common_bits(checkpoints: dict[str, Path]) -> int:
+    """Bits of the checkpoints' activations; refuses those whose numbers could not stand in one table."""
+    if not checkpoints:
+        raise ValueError("checkpoints is empty: name .ckpt files, for instance '{ours: runs/a/last.ckpt}'")
+    bits: dict[str, int] = {}
+    first: tuple[str, Any, Any] | None = None
+    for name, path in checkpoints.items():
+        checkpoint = load_lightning_checkpoint(path)
+        quant = QuantConfig(**checkpoint["hyper_parameters"]["quant"])
+        if quant.activations in ("rotated", "quest"):
+            raise ValueError(
+                f'{name} was trained with activations "{quant.activations}", which no artifact holds: validate it'
+            )
+        if quant.activations != "none":
+            bits[name] = quant.activation_bits
+        text, vocab_size = checkpoint.get(TOKENIZER_KEY), checkpoint["hyper_parameters"]["vocab_size"]
+        first = first or (name, text, vocab_size)
+        if (text, vocab_size) != first[1:]:
+            what = "tokenizer" if text != first[1] else "vocab_size"
+            raise ValueError(
+                f"checkpoints {name} has another {what} than {first[0]}, so their perplexities are of other tokens: "
+                "give it a table of its own"
+            )
+    if len(set(bits.values())) > 1:
+        raise ValueError(f"checkpoints have activations of different bits, {bits}: give each a table of its own")
+    return next(iter(bits.values()), 4)
+
+
+def num_sequences(data: TextDataModule, limit: int | float) -> int:
+    """How many validation sequences a perplexity is of; limit as trainer.limit_val_batches: batches, or a share."""
+    num_batches = limit if isinstance(limit, int) else int(limit * len(data.val_dataloader()))
+    if num_batches < 1:
+        raise ValueError(f"trainer.limit_val_batches {limit} leaves no batch to compute a perplexity of: raise it")
+    return min(num_batches * data.batch_size, len(data.blocks["valid"]))
+
+
 def fill_table(
     checkpoints: dict[str, Path],
     quantizers: list[Quantizer],
@@ -75,6 +131,8 @@ def fill_table(
     calibration_tokens: int,
     device: torch.device,
     convert: Callable[[Decoder], Any],
+    precision: dict[str, Any] | None = None,
+    limit_val_batches: int | float = 1.0,
 ) -> Results:
     """Computes what is missing from ``output/results.json`` and returns all of it.
 
@@ -86,52 +144,62 @@ def fill_table(
         calibration_tokens: Tokens of the training text that calibration sees.
         device: Where to compute.
         convert: Swaps the linears of an artifact's decoder for integer kernels, in place.
+        precision: What ``convert`` is and its options (:func:`plain`).
+        limit_val_batches: The first so many batches, or share of the batches, are the text.
     """
+    weights, activation_bits = ["W16", *weight_names(quantizers)], common_bits(checkpoints)
+    sequences = num_sequences(data, limit_val_batches)
+    num_batches = math.ceil(sequences / data.batch_size)
     output.mkdir(parents=True, exist_ok=True)
     stored = output / "results.json"
     known: dict[str, dict[str, Any]] = json.loads(stored.read_text()) if stored.exists() else {}
-    weights = ["W16", *(f"W{q.bits} {type(q).__name__}" for q in quantizers)]
+
+    def store(name: str, what: str, made_from: dict[str, Any], **found: float) -> None:
+        known[name][what] = {**found, "made_from": made_from}
+        stored.write_text(json.dumps(known, indent=2) + "\n")
+
     progress = tqdm(total=len(checkpoints) * len(weights) * 2, desc="table", unit="perplexity")
     for name, path in checkpoints.items():
-        if (activations := load_decoder(path).quant.activations) in ("rotated", "quest"):
-            raise ValueError(
-                f'{name} was trained with activations "{activations}", which no artifact holds: validate it'
-            )
-        status = path.stat()
+        row, status = known.setdefault(name, {}), path.stat()
         file = [str(path.resolve()), status.st_mtime, status.st_size]
-        if known.get(name, {}).get("file") != file:
-            known[name] = {"file": file, "perplexity": {}}
-        row = known[name]["perplexity"]
         for label, quantizer in zip(weights, [None, *quantizers], strict=True):
             folder = output / f"{name}-{label.replace(' ', '-')}".lower()
-            for bits in (16, 4):
+            artifact: dict[str, Any] = {"checkpoint": file, "text": data.packed_folder.name}
+            artifact["activation_bits"] = activation_bits
+            if quantizer is not None:
+                artifact |= {"quantizer": plain(quantizer), "calibration_tokens": calibration_tokens}
+            for bits in (16, activation_bits):
                 progress.update()
-                if column(label, bits) in row:
+                number = artifact | {"sequences": sequences}
+                if quantizer is not None and bits == activation_bits:
+                    number["precision"] = precision
+                if row.get(column(label, bits), {}).get("made_from") == number:
                     continue
                 model = load_decoder(path)
                 trained = model.quant
                 if quantizer is None:
                     model.set_activations(with_activations(trained, bits))
                 else:
-                    if not row.get(f"artifact {label}") or not is_artifact(folder):
-                        model.set_activations(with_activations(trained, 4))
+                    same = row.get(f"artifact {label}", {}).get("made_from") == artifact
+                    if not same or not is_artifact(folder):
+                        model.set_activations(with_activations(trained, activation_bits))
                         batches = data.calibration_batches(calibration_tokens, seed=0)
                         quantize_model(
                             model, quantizer, batches, folder, data.tokenizer_path, device=device, overwrite=True
                         )
-                        row[f"artifact {label}"] = 1.0
+                        store(name, f"artifact {label}", artifact)
                     model = read_artifact(folder)
-                    if bits == 4:
+                    if bits == activation_bits:
                         convert(model)
                     else:
                         for layer in model.modules():
                             if isinstance(layer, QuantizedLinear):
                                 layer.activations = "none"
-                row[column(label, bits)] = perplexity(model, data.val_dataloader(), device)
-                stored.write_text(json.dumps(known, indent=2) + "\n")
+                text = itertools.islice(data.val_dataloader(), num_batches)
+                store(name, column(label, bits), number, perplexity=perplexity(model, text, device))
     progress.close()
-    columns = [column(label, bits) for label in weights for bits in (16, 4)]
-    return {name: {c: known[name]["perplexity"][c] for c in columns} for name in checkpoints}
+    columns = [column(label, bits) for label in weights for bits in (16, activation_bits)]
+    return {name: {c: known[name][c]["perplexity"] for c in columns} for name in checkpoints}
 
 
 def write_table(results: Results, output: Path) -> str:
@@ -153,5 +221,5 @@ def write_table(results: Results, output: Path) -> str:
     names = max(len(name) for name in ["model", *results])
     lines = ["  ".join([f"{'model':{names}}", *(f"{c:>10}" for c in columns)])]
     for name, row in results.items():
-        lines.append("  ".join([f"{name:{names}}", *(f"{row[c]:>10.2f}" for c in columns)]))
+        lines.append("  ".join([f"{name:{names}}", *(f"{row[c]:>{max(10, len(c))}.2f}" for c in columns)]))
     return "\n".join(lines)

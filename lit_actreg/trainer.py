@@ -16,7 +16,7 @@ from lit_actreg.data.tokenizer import load_tokenizer
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.quant.clips import ClipMethod
 from lit_actreg.quantize import quantize_model
-from lit_actreg.table import fill_table, write_table
+from lit_actreg.table import fill_table, plain, write_table
 
 
 class ActRegTrainer(Trainer):
@@ -115,8 +115,17 @@ class ActRegTrainer(Trainer):
         datamodule.prepare_data()
         datamodule.setup("table")
         paths = {name: Path(path) for name, path in checkpoints.items()}
-        device, convert = self.strategy.root_device, self.precision_plugin.convert_module
-        results = fill_table(paths, quantizers, datamodule, output, calibration_tokens, device, convert)
+        results = fill_table(
+            paths,
+            quantizers,
+            datamodule,
+            output,
+            calibration_tokens,
+            self.strategy.root_device,
+            self.precision_plugin.convert_module,
+            plain(self.precision_plugin),
+            self.limit_val_batches,
+        )
         print(write_table(results, output))
         print(f"unigram perplexity of the same text: {datamodule.unigram_perplexity():.1f}")
         print(f"artifacts, table.csv and table.png: {output}")

@@ -6,11 +6,12 @@ import pytest
 import torch
 from lit_actreg_plugins.rtn import RTN
 from safetensors.torch import load_file, save_file
-from small_models import small_decoder, text_ids
+from small_models import VOCAB_SIZE, small_decoder, text_ids
 
 from lit_actreg.artifact import read_artifact
 from lit_actreg.compressed_tensors import choose_format, pack_int32, unpack_int32
-from lit_actreg.config import SITES, QuantConfig
+from lit_actreg.config import SITES, ModelConfig, QuantConfig
+from lit_actreg.model import Decoder
 from lit_actreg.quantize import quantize_model
 
 QKV = "model.layers.0.self_attn.q_proj.weight_packed"
@@ -66,6 +67,15 @@ def test_codes_and_float_tensors_survive(style, tie, quantizer, format, tmp_path
             assert torch.equal(linear(x), trained(x))
     ids = text_ids(2)
     assert torch.equal(read.logits(read(ids)[0]), model.logits(model(ids)[0]))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_as_wide_as_the_model_survive(symmetric, tmp_path):
+    """One group a row everywhere but in the MLP's projection, which has two."""
+    model = Decoder(ModelConfig(num_layers=1, width=32, num_heads=2, mlp_width=64), QuantConfig(), VOCAB_SIZE)
+    quantize_model(model, RTN(4, group_size=32, symmetric=symmetric), [], tmp_path / "out")
+    (block,) = read_artifact(tmp_path / "out").blocks
+    assert [block.get_submodule(site).weight_scale.shape[1] for site in SITES] == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("activations", ["static", "token", "none", "clamp"])

@@ -181,6 +181,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus, tmp_path, options, say
         assert not list(tmp_path.glob("packed-*")) + list(tmp_path.glob(".*-*/"))
 
 
+def test_too_short_a_valid_source_is_named(corpus, tmp_path):
+    (tmp_path / "valid.txt").write_text("the end")
+    says = r"^data\.valid_source '.*valid\.txt' gives 1 validation documents, less than one block .*: give more text or"
+    with pytest.raises(ValueError, match=says):
+        ready(corpus, cache_dir=str(tmp_path), valid_source=str(tmp_path / "valid.txt"))
+
+
+def test_prompts_are_encoded_as_training_text_is(corpus, tmp_path):
+    """Also by a tokenizer that would put a token of its own before every text, as Llama's does."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(ready(corpus).tokenizer_path))
+    plain = tokenizer.encode("the sea").ids
+    tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    assert tokenizer.encode("the sea").ids == [0, *plain]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    module = datamodule(corpus, tokenizer=str(tmp_path / "tokenizer.json"), prompts=["the sea", ""])
+    assert [prompt.tolist() for prompt in module.predict_dataloader()] == [[plain], [[0]]]
+
+
 def test_empty_documents_are_an_empty_corpus(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(ValueError, match=r"shorter than one block|cannot be read"):

@@ -45,9 +45,11 @@ def fields(words, bits, axis):
 @pytest.mark.parametrize("style", ["neox", "llama"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_an_independent_reading_gives_the_weights(style, bits, symmetric, tmp_path):
-    model = decoder(style)
-    quantizer = RTN(bits, group_size=32, symmetric=symmetric)
+@pytest.mark.parametrize(("width", "mlp_width", "group_size"), [(64, 96, 32), (128, 256, 128)])  # 2 and 3, 1 and 2
+def test_an_independent_reading_gives_the_weights(style, bits, symmetric, width, mlp_width, group_size, tmp_path):
+    """Layers of several groups a row, and of exactly one."""
+    model = decoder(style, width, mlp_width)
+    quantizer = RTN(bits, group_size=group_size, symmetric=symmetric)
     with pytest.warns(UserWarning, match="WEIGHTS ONLY"):
         quantize_model(model, quantizer, [], tmp_path / "gptq", format="gptq_v2")
     quantize_model(model, quantizer, [], tmp_path / "ours")
@@ -55,7 +57,7 @@ def test_an_independent_reading_gives_the_weights(style, bits, symmetric, tmp_pa
     stored = load_file(tmp_path / "gptq" / "model.safetensors")
     described = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
     assert (described["quant_method"], described["checkpoint_format"]) == ("gptq", "gptq_v2")
-    assert (described["bits"], described["group_size"], described["sym"]) == (bits, 32, symmetric)
+    assert (described["bits"], described["group_size"], described["sym"]) == (bits, group_size, symmetric)
     for index, block in enumerate(ours.blocks):
         for site in SITES:
             parts = {}

@@ -161,3 +161,20 @@ def test_validate_looks_once_without_training(corpus, style):
     for site in SITES:
         for layer in (0, 1):
             assert list(engine.logger.of(f"outliers_{site}/largest_ratio_{layer:02d}")) == [0]
+
+
+def test_the_validation_that_closes_a_fit_looks_where_the_fit_has_not(corpus):
+    """``fit`` on the command line ends with one; the last step's numbers are logged once."""
+    for steps, expected in ((4, [0, 2, 4]), (5, [0, 2, 4, 5])):
+        data, monitor = datamodule(corpus), OutlierMonitor(every_n_steps=2, num_tokens=64)
+        engine, module = trainer([monitor], steps, limit_val_batches=1), lit_module()
+        engine.fit(module, datamodule=data)
+        engine.validate(module, datamodule=data, verbose=False)
+        assert [step for step, found in engine.logger.metrics if "outliers_qkv/share_00" in found] == expected
+
+
+@pytest.mark.parametrize("layer", [2, -1])
+def test_a_block_that_is_not_there_is_refused_before_the_first_step(corpus, layer):
+    with pytest.raises(ValueError, match=rf"outliers\.layer {layer} is no block of the model: choose 0 to 1"):
+        fit(corpus, [OutlierMonitor(layer=layer)])
+    fit(corpus, [OutlierMonitor(every_n_steps=0, layer=layer)], steps=1)

@@ -1,51 +1,66 @@
-"""The numbers of the table are those of its parts: own clips where a model has them, per token where it has none."""
+"""The numbers of the table are those of its parts: own clips where a model has them, per token where it has none.
 
+And a number that is there already stands only for what it was made from.
+"""
+
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from lit_actreg_plugins.rtn import RTN
+from lit_actreg_plugins.w4a4_precision import W4A4Precision
 
 from lit_actreg.artifact import read_artifact
-from lit_actreg.checkpoint import load_decoder
+from lit_actreg.checkpoint import TOKENIZER_KEY, load_decoder
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.module import LitLanguageModel
-from lit_actreg.table import fill_table, perplexity, with_activations, write_table
+from lit_actreg.table import fill_table, perplexity, plain, weight_names, with_activations, write_table
+from lit_actreg.trainer import ActRegTrainer
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> TextDataModule:
+def text(tmp_path: Path, valid_share: float = 0.2) -> TextDataModule:
     for i in range(60):
         (tmp_path / f"{i}.txt").write_text(f"the {i}th fox jumps over {i * i} lazy dogs, " * 20)
-    data = TextDataModule(str(tmp_path), valid_share=0.2, vocab_size=300, context=16, batch_size=8, num_workers=0)
-    data.cache_dir = tmp_path / "cache"
+    data = TextDataModule(str(tmp_path / "*.txt"), valid_share=valid_share, context=16, batch_size=8, num_workers=0)
+    data.vocab_size, data.cache_dir = 300, tmp_path / "cache"
     data.prepare_data()
     data.setup()
     return data
 
 
-def checkpoint(path: Path, activations: str) -> Path:
+@pytest.fixture
+def data(tmp_path: Path) -> TextDataModule:
+    return text(tmp_path)
+
+
+def checkpoint(path: Path, activations: str, bits: int = 4, tokenizer: str = "{}", vocab_size: int = 300) -> Path:
     torch.manual_seed(0)
     module = LitLanguageModel(
         ModelConfig(num_layers=2, width=32, num_heads=2, context=16, init_std=0.3),
-        QuantConfig(activations=activations),  # type: ignore[arg-type]
-        vocab_size=300,
+        QuantConfig(activations=activations, activation_bits=bits),  # type: ignore[arg-type]
+        vocab_size=vocab_size,
     )
     module.configure_model()
     for name, parameter in module.model.named_parameters():
         if name.endswith("high"):
             parameter.data.fill_(1.5)  # narrow enough to be told from every other grid
-    torch.save({"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}, path)
+    saved = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), TOKENIZER_KEY: tokenizer}
+    torch.save(saved, path)
     return path
+
+
+def table(checkpoints, quantizers, data, output, calibration_tokens=256, **options):
+    return fill_table(checkpoints, quantizers, data, output, calibration_tokens, CPU, lambda model: model, **options)
 
 
 def test_columns_are_what_their_names_say(tmp_path, data):
     paths = {name: checkpoint(tmp_path / f"{name}.ckpt", name) for name in ("static", "clamp", "none")}
-    results = fill_table(paths, [RTN(bits=4)], data, tmp_path / "table", 256, CPU, lambda model: model)
+    results = table(paths, [RTN(bits=4)], data, tmp_path / "table")
     for name, row in results.items():
         model = load_decoder(paths[name])
         for bits, activations in ((16, "none"), (4, "token" if name == "none" else "static")):
@@ -74,11 +89,106 @@ def test_grids_of_the_table():
 def test_a_rotation_is_refused(tmp_path, data):
     paths = {"ours": checkpoint(tmp_path / "ours.ckpt", "quest")}
     with pytest.raises(ValueError, match='ours was trained with activations "quest", which no artifact holds'):
-        fill_table(paths, [RTN(bits=4)], data, tmp_path / "table", 256, CPU, lambda model: model)
+        table(paths, [RTN(bits=4)], data, tmp_path / "table")
 
 
 def test_what_is_known_is_not_computed_again(tmp_path, data, monkeypatch):
     paths = {"a": checkpoint(tmp_path / "a.ckpt", "static")}
-    first = fill_table(paths, [RTN(bits=4)], data, tmp_path / "table", 256, CPU, lambda model: model)
+    first = table(paths, [RTN(bits=4)], data, tmp_path / "table")
     monkeypatch.setattr("lit_actreg.table.perplexity", lambda *_: pytest.fail("computed again"))
-    assert fill_table(paths, [RTN(bits=4)], data, tmp_path / "table", 256, CPU, lambda model: model) == first
+    assert table(paths, [RTN(bits=4)], data, tmp_path / "table") == first
+
+
+@pytest.mark.parametrize(
+    ("change", "columns"),
+    [
+        ({}, 0),
+        ({"valid_share": 0.3}, 4),
+        ({"quantizer": RTN(bits=4, scale_search="mse")}, 2),
+        ({"calibration_tokens": 512}, 2),
+        ({"precision": {"dtype": "torch.bfloat16"}}, 1),
+        ({"limit_val_batches": 2}, 4),
+    ],
+)
+def test_what_was_made_from_something_else_is_computed_again(tmp_path, data, monkeypatch, change, columns):
+    """Into the same folder: the float weights' two numbers depend on the text alone, the plugin's on one column's."""
+    paths = {"a": checkpoint(tmp_path / "a.ckpt", "static")}
+    before = table(paths, [RTN(bits=4)], data, tmp_path / "table")
+    computed = []
+    monkeypatch.setattr("lit_actreg.table.perplexity", lambda *args: computed.append(1) or perplexity(*args))
+    if "valid_share" in change:
+        data = text(tmp_path, change.pop("valid_share"))
+    quantizers = [change.pop("quantizer", RTN(bits=4))]
+    after = table(paths, quantizers, data, tmp_path / "table", **change)
+    assert len(computed) == columns
+    if quantizers[0].scale_search == "mse":
+        assert after["a"]["W4A4 RTN"] != before["a"]["W4A4 RTN"], "the artifact is still that of the other options"
+
+
+def test_columns_are_named_by_the_bits_that_the_models_have(tmp_path, data):
+    paths = {name: checkpoint(tmp_path / f"{name}.ckpt", name, bits=8) for name in ("static", "token")}
+    paths["plain"] = checkpoint(tmp_path / "plain.ckpt", "none")
+    results = table(paths, [RTN(bits=4)], data, tmp_path / "table")
+    for name, row in results.items():
+        assert list(row) == ["W16A16", "W16A8", "W4A16 RTN", "W4A8 RTN"]
+        model = load_decoder(paths[name])
+        model.set_activations(QuantConfig("static" if name == "static" else "token", activation_bits=8))
+        assert row["W16A8"] == pytest.approx(perplexity(model, data.val_dataloader(), CPU), rel=1e-6)
+        assert read_artifact(tmp_path / "table" / f"{name}-w4-rtn").quant.activation_bits == 8
+
+
+def test_quantizers_of_one_class_and_bits_keep_columns_of_their_own(tmp_path, data):
+    quantizers = [RTN(bits=4), RTN(bits=4, group_size=16), RTN(bits=3)]
+    assert weight_names(quantizers) == ["W4 RTN group_size=None", "W4 RTN group_size=16", "W3 RTN"]
+    row = table({"a": checkpoint(tmp_path / "a.ckpt", "static")}, quantizers, data, tmp_path / "table")["a"]
+    assert row["W4A4 RTN group_size=None"] != row["W4A4 RTN group_size=16"]
+    with pytest.raises(ValueError, match="quantizers has W4 RTN twice with the same options: name each once"):
+        weight_names([RTN(bits=4), RTN(bits=4)])
+
+
+def test_the_first_batches_are_the_text_where_their_number_is_limited(tmp_path, data):
+    paths = {"a": checkpoint(tmp_path / "a.ckpt", "none")}
+    batches = list(data.val_dataloader())
+    for limit, num_batches in ((2, 2), (0.5, len(batches) // 2), (10**6, len(batches))):
+        found = table(paths, [], data, tmp_path / "table", limit_val_batches=limit)["a"]["W16A16"]
+        assert found == pytest.approx(perplexity(load_decoder(paths["a"]), batches[:num_batches], CPU), rel=1e-6)
+    with pytest.raises(ValueError, match="limit_val_batches 0 leaves no batch"):
+        table(paths, [], data, tmp_path / "table", limit_val_batches=0)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"tokenizer": '{"version": "1.0"}'}, "other has another tokenizer than ours"),
+        ({"vocab_size": 310}, "other has another vocab_size than ours"),
+        ({"bits": 8}, r"activations of different bits, \{'ours': 4, 'other': 8\}"),
+    ],
+)
+def test_checkpoints_that_do_not_compare_are_refused(tmp_path, data, other, says):
+    paths = {
+        "ours": checkpoint(tmp_path / "a.ckpt", "static"),
+        "other": checkpoint(tmp_path / "b.ckpt", "static", **other),
+    }
+    with pytest.raises(ValueError, match=says) as caught:
+        table(paths, [RTN(bits=4)], data, tmp_path / "table")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"checkpoints is empty: name \.ckpt files"):
+        table({}, [RTN(bits=4)], data, tmp_path / "table")
+
+
+def test_the_trainer_tells_the_table_its_plugin_and_limit(tmp_path, data):
+    paths = {"a": checkpoint(tmp_path / "a.ckpt", "static")}
+    quiet = {"logger": False, "accelerator": "cpu", "devices": 1}
+    engine = ActRegTrainer(limit_val_batches=1, plugins=W4A4Precision("bfloat16"), **quiet)
+    engine.table(LitLanguageModel(ModelConfig()), data, paths, [RTN(bits=4)], tmp_path / "out", 256)
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["a"]
+    assert row["W4A4 RTN"]["made_from"]["precision"] == plain(W4A4Precision("bfloat16"))
+    assert row["W4A4 RTN"]["made_from"]["sequences"] == data.batch_size
+
+
+def test_parts_read_as_plain_values():
+    assert plain(W4A4Precision("bfloat16")) == {
+        "class": "lit_actreg_plugins.w4a4_precision.W4A4Precision",
+        "dtype": "torch.bfloat16",
+    }
+    assert plain(RTN(bits=3))["bits"] == 3

@@ -66,6 +66,10 @@ class ClipSchedule(Callback):
         self.calibrate_steps = set(by_default if calibrate_steps is None else calibrate_steps)
         self.from_checkpoint = from_checkpoint
         self.method, self.constant, self.tail = method, constant, tail
+        if lr < 0:
+            raise ValueError(f"clips.lr {lr} is negative: use 0 (clips stay where calibration put them) or more")
+        if not 0 <= tail < 0.5:
+            raise ValueError(f"clips.tail {tail} is out of range: choose a share of values from 0 to below 0.5")
         self._before_step: tuple[list[Tensor], Tensor] | None = None  # the clips, and their values before the step
         self._calibrated_step = -1
         self._bits: int | None = None  # what the quantizers were last told

@@ -13,7 +13,8 @@ A channel of a linear's input is an *outlier channel* if its mean |x| exceeds 6 
 and ``outliers/snapshot_seconds``, what that took; now and then also three pictures
 (:mod:`lit_actreg.callbacks.pictures`) and a histogram of channel ratios.
 
-The pass is eager and recompiles nothing. It also runs once at the start of ``validate``, on any checkpoint.
+The pass is eager and recompiles nothing. It also runs once at the start of ``validate``, on any checkpoint, and so
+at the end of a fit, whatever its last step.
 """
 
 import time
@@ -88,6 +89,8 @@ class OutlierMonitor(Callback):
     ) -> None:
         self.every_n_steps, self.num_tokens, self.pictures_every = every_n_steps, num_tokens, pictures_every
         self.layer, self.site = layer, site
+        if num_tokens < 1:
+            raise ValueError(f"outliers.num_tokens {num_tokens} is too small: use 1 or more")
         self.steps: list[int] = []
         self.shares: list[list[list[float]]] = []  # snapshot × block × site
         self.channels: list[list[float]] = []  # snapshot × channel of the chosen layer
@@ -99,6 +102,12 @@ class OutlierMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self.shares, self.channels = state_dict["steps"], state_dict["shares"], state_dict["channels"]
         self._last_step = self.steps[-1] if self.steps else -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, LitLanguageModel)
+        last = pl_module.shape.num_layers - 1
+        if self.every_n_steps and not 0 <= self.layer <= last:
+            raise ValueError(f"outliers.layer {self.layer} is no block of the model: choose 0 to {last}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
@@ -113,7 +122,8 @@ class OutlierMonitor(Callback):
             self.snapshot(trainer, module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate" and self.every_n_steps:
+        just_seen = 0 < trainer.global_step == self._last_step  # by the fit that this validation closes
+        if trainer.state.fn == "validate" and self.every_n_steps and not just_seen:
             self.snapshot(trainer, pl_module)
 
     def snapshot(self, trainer: Trainer, module: LightningModule) -> None:

@@ -82,6 +82,8 @@ class Throughput(Callback):
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:
+        if peak_tflops is not None and peak_tflops <= 0:
+            raise ValueError(f"throughput.peak_tflops {peak_tflops} is not positive: name the device's peak, or null")
         self.peak_tflops = peak_tflops
         self._tokens = self._flops = 0
         self._since = self._waited = self._paused = 0.0
@@ -92,7 +94,7 @@ class Throughput(Callback):
         assert isinstance(pl_module, LitLanguageModel)
         self._block_parameters = num_block_parameters(pl_module.model)
         known = peak_flops(pl_module.device, str(trainer.precision))
-        self._peak = 1e12 * self.peak_tflops if self.peak_tflops else known
+        self._peak = 1e12 * self.peak_tflops if self.peak_tflops is not None else known
         self._since = 0.0  # the first batches compile: the clock starts at the first log
         self._tokens = self._flops = 0
         self._logged_step = trainer.global_step

@@ -137,6 +137,8 @@ def reading(name: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):  # how `datasets` says it
+            raise no_document(name) from error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
         raise ValueError(f"source {name!r} cannot be read ({reason}): check it, or name another") from error
 
@@ -145,6 +147,10 @@ def in_order_of_reading(paths: Sequence[str]) -> list[str]:
     """One format after the other, each in the order of names."""
     readers = list(dict.fromkeys(reader_of(Path(p)) for p in paths))
     return sorted(paths, key=lambda p: readers.index(reader_of(Path(p))))  # a stable sort
+
+
+def no_document(name: str) -> ValueError:
+    return ValueError(f"source {name!r} holds no document: name one with text")
 
 
 def _load_files(paths: tuple[str, ...], scratch: Path, options: dict[str, Any]) -> Any:
@@ -174,6 +180,8 @@ def _load_hub(name: str, config: str | None, split: str, options: dict[str, Any]
 
 def _only_text(documents: Any, features: datasets.Features, text_field: str, name: str) -> Any:
     """Keeps the text column, under the name "text"."""
+    if not features:
+        raise no_document(name)
     if text_field not in features:
         raise ValueError(f"source {name!r} has no field {text_field!r} (it has {list(features)}): set data.text_field")
     kind, may_follow = features[text_field].dtype, documents.features is None  # text after a stream's first null

@@ -177,11 +177,16 @@ class TextDataModule(LightningDataModule):
                 f"one block of {self.context + 1} tokens: give more text or a smaller data.context"
             )
         if not packed["valid"].counts.any():
-            raise ValueError(
-                f"data.source {self.names} gives {packed['valid'].num_documents} validation documents, less than one "
-                f"block of {self.context + 1} tokens: set data.valid_source, or raise data.valid_share "
-                f"{self.valid_share}"
-            )
+            raise self._too_short(f"{packed['valid'].num_documents} validation documents")
+
+    def _too_short(self, held_out: str) -> ValueError:
+        """The error of held-out text without one block: what it comes from, and how there is more."""
+        if self.valid_name:
+            origin, more = f"data.valid_source {self.valid_name!r}", "give more text or a smaller data.context"
+        else:
+            origin = f"data.source {self.names}"
+            more = f"set data.valid_source, or raise data.valid_share {self.valid_share}"
+        return ValueError(f"{origin} gives {held_out}, less than one block of {self.context + 1} tokens: {more}")
 
     def _encoder(self) -> Encoder:
         tokenizer = load_tokenizer(self.tokenizer_path, self.vocab_size)
@@ -249,12 +254,13 @@ class TextDataModule(LightningDataModule):
         return self._eval_dataloader("test")
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
-        """The prompts, one int64 [1, T] each."""
+        """The prompts, one int64 [1, T] each, encoded as training text is: without the tokenizer's special tokens."""
         if not self.prompts:
             raise ValueError("data.prompts is empty: give the texts to continue, for instance \"['The state of']\"")
         tokenizer = load_tokenizer(self.tokenizer_path, self.vocab_size)
         empty = [end_of_text(tokenizer, self.tokenizer_path)]
-        encoded = [torch.tensor([tokenizer.encode(prompt).ids or empty]) for prompt in self.prompts]
+        ids = [tokenizer.encode(prompt, add_special_tokens=False).ids or empty for prompt in self.prompts]
+        encoded = [torch.tensor([prompt_ids]) for prompt_ids in ids]
         return DataLoader(encoded, batch_size=None)  # type: ignore[arg-type]
 
     def decode(self, ids: Tensor) -> str:
@@ -264,10 +270,7 @@ class TextDataModule(LightningDataModule):
     def _eval_dataloader(self, split: Split) -> DataLoader[Tensor]:
         blocks = self.blocks[split]
         if not len(blocks):
-            raise ValueError(
-                f"data.source {self.names} gives no block of {self.context + 1} tokens for {split}: "
-                f"raise data.valid_share {self.valid_share}, or set data.valid_source"
-            )
+            raise self._too_short(f"{split} text")
         sampler = EvalSampler(blocks, self.batch_size, self.num_ranks, self.rank)
         return DataLoader(**self._loader_options(blocks, sampler))
 
