@@ -90,7 +90,8 @@ def test_it_quantizes_with_its_options_from_the_command_line(site, checkpoint, t
 
 
 @pytest.mark.slow
-def test_its_mistakes_are_one_line_too(site):
-    done = run(site, "quantize", "--quantizer=PowerOfTwo", "--quantizer.headroom=-1", "--output=out")
+def test_its_mistakes_are_one_line_too(site, checkpoint):
+    options = ["--quantizer=PowerOfTwo", "--quantizer.headroom=-1", "--output=out", f"--ckpt_path={checkpoint}"]
+    done = run(site, "quantize", *options)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "lit-actreg: headroom -1 is negative: use 0 or more"
