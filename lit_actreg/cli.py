@@ -146,6 +146,8 @@ class ActRegCLI(LightningCLI):
             path = begun_from  # which describes the model of a fit, resumed or not; else the configuration does
             if path is None:
                 return
+            if not Path(path).exists():
+                raise ValueError(f"model.init_from {path} does not exist: name a checkpoint, also to resume the fit")
         path = path or begun_from or next(iter((several or {}).values()), None)
         if path is None:
             option = "checkpoints" if subcommand == "table" else "ckpt_path"
@@ -156,7 +158,9 @@ class ActRegCLI(LightningCLI):
         if is_artifact(Path(path)) and (subcommand == "fit" or self.config[subcommand].model.quant is not None):
             what = "a fit starts from others" if subcommand == "fit" else "its activations are part of it"
             raise ValueError(f"{path} is quantized, {what}: name the checkpoint that it was made from")
-        if info.tokenizer is None and options.data.tokenizer is None:
+        if (
+            info.tokenizer is None and options.data.tokenizer is None and subcommand != "quantize"
+        ):  # which may need none
             raise ValueError(f"{path} has no tokenizer.json: name its tokenizer with --data.tokenizer")
         if subcommand == "fit":
             info.shape.context = max(info.shape.context, options.data.context)
@@ -171,10 +175,11 @@ class ActRegCLI(LightningCLI):
             activations = "token" if subcommand == "quantize" else "none"
             options.model.quant = Namespace(as_plain(QuantConfig(activations=activations)))  # type: ignore[arg-type]
             rank_zero_info(f'{path} has no clips: --model.quant.activations is "{activations}"')
-        if subcommand != "fit" and info.quant is not None and not several and not options.get("calibrate"):
-            wanted = QuantConfig(**options.model.quant)
-            if unlearned := sorted(set(wanted.clipped_sites) - set(info.quant.clipped_sites)):
-                raise ValueError(f"{path} has no clips at {unlearned}: its model.quant is {as_plain(info.quant)}")
+        if subcommand != "fit" and not several and not options.get("calibrate"):
+            wanted, learned = QuantConfig(**options.model.quant), info.quant or QuantConfig(activations="none")
+            unlearned = sorted(set(wanted.clipped_sites) - set(learned.clipped_sites))
+            if unlearned and not (info.quant is None and subcommand == "quantize"):  # which says what to do about it
+                raise ValueError(f"{path} has no clips at {unlearned}: its model.quant is {as_plain(learned)}")
         if info.folder is not None and not several and subcommand != "fit":
             options.model.init_from, options.ckpt_path = path, None
         rank_zero_info(f"Shape, vocabulary and tokenizer come from {path}")

@@ -193,9 +193,14 @@ class LitLanguageModel(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed fit goes on with the model that it began with, or is refused."""
+
+        def described(shape: ModelConfig, quant: QuantConfig, vocab_size: int) -> dict[str, Any]:
+            derived = {"mlp_width": shape.hidden_width, "num_kv_heads": shape.kv_heads, "vocab_size": vocab_size}
+            return as_plain(shape) | as_plain(quant) | derived
+
         saved = checkpoint["hyper_parameters"]
-        before = as_plain(ModelConfig(**saved["shape"])) | as_plain(QuantConfig(**saved["quant"]))
-        now = as_plain(self.shape) | as_plain(self.quant)
+        before = described(ModelConfig(**saved["shape"]), QuantConfig(**saved["quant"]), saved["vocab_size"])
+        now = described(self.shape, self.quant, self.vocab_size)
         changed = [f"{name} {before[name]} → {now[name]}" for name in now if before[name] != now[name]]
         if changed and self.trainer.state.fn == TrainerFn.FITTING:
             raise ValueError(f"the fit to resume has another model: {', '.join(changed)}: resume with what it had")
@@ -208,8 +213,8 @@ class LitLanguageModel(LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
         for group, given in zip(optimizer.param_groups, self._optimizer().param_groups, strict=True):
-            if group["name"] != "clips":  # the clip schedule's
-                group |= {key: given[key] for key in ("weight_decay", "betas", "eps")}
+            group |= {key: given[key] for key in ("weight_decay", "betas", "eps")}
+            if group["name"] != "clips":  # their rate and momentum are the clip schedule's
                 group["initial_lr"] = given["lr"]
                 group["lr"] = given["lr"] * self.lr_factor(scheduler.last_epoch)
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]

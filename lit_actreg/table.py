@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_actreg.artifact import is_artifact, read_artifact
-from lit_actreg.checkpoint import TOKENIZER_KEY, load_decoder, load_lightning_checkpoint
+from lit_actreg.checkpoint import TOKENIZER_KEY, is_sharded, load_decoder, load_lightning_checkpoint
 from lit_actreg.config import QuantConfig
 from lit_actreg.contracts import Quantizer
 from lit_actreg.data.datamodule import TextDataModule
@@ -94,6 +94,9 @@ def common_bits(checkpoints: dict[str, Path]) -> int:
     bits: dict[str, int] = {}
     first: tuple[str, Any, Any] | None = None
     for name, path in checkpoints.items():
+        if not path.exists() or (path.is_dir() and not is_sharded(path)):
+            what = "is a folder of weights" if path.exists() else "does not exist"
+            raise ValueError(f"checkpoints {name}: {path} {what}: name a .ckpt of a fit")
         checkpoint = load_lightning_checkpoint(path)
         quant = QuantConfig(**checkpoint["hyper_parameters"]["quant"])
         if quant.activations in ("rotated", "quest"):

@@ -73,6 +73,8 @@ class ActRegTrainer(Trainer):
         if tokenizer is not None:
             load_tokenizer(tokenizer, model.vocab_size)  # a bad one is noticed now, not when all is done
         if quantizer.needs_hessian or calibrate is not None:  # nothing else has a use for text
+            if from_huggingface and tokenizer is None:
+                raise ValueError(f"{model.init_from} has no tokenizer.json: name its tokenizer with --data.tokenizer")
             datamodule.prepare_data()
             datamodule.setup("quantize")
             batches = datamodule.calibration_batches(calibration_tokens, seed)
@@ -127,5 +129,6 @@ class ActRegTrainer(Trainer):
             self.limit_val_batches,
         )
         print(write_table(results, output))
-        print(f"unigram perplexity of the same text: {datamodule.unigram_perplexity():.1f}")
+        text = "the same text" if self.limit_val_batches == 1.0 else "all validation text"
+        print(f"unigram perplexity of {text}: {datamodule.unigram_perplexity():.1f}")
         print(f"artifacts, table.csv and table.png: {output}")

@@ -94,7 +94,7 @@ def written() -> list[Path]:
         ("fit --weight_penalty.weight -1", r"weight_penalty\.weight -1\.0 is negative"),
         ("fit --weight_penalty.kind l3", r'"weight_penalty\.kind": Expected .*linf.*Got value: l3'),
         ("fit --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
-        ("fit --model.init_from missing", "missing does not exist"),
+        ("fit --model.init_from missing", r"model\.init_from missing does not exist"),
         ("validate --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
         ("validate", "validate needs a trained model: name one with --ckpt_path"),
         ("predict", "predict needs a trained model: name one with --ckpt_path"),
@@ -237,10 +237,13 @@ def test_a_model_without_clips_is_not_given_any(made, capsys):
     found = mistake(capsys, f"{command} --output=static --model.quant.activations=static")
     assert "hub has no learned clips" in found
     (folder / "tokenizer.json").rename("elsewhere.json")
-    assert "hub has no tokenizer.json: name its tokenizer with --data.tokenizer" in mistake(
-        capsys, command + " --output=x"
-    )
+    main(shlex.split(f"{command} --output=untold"))  # RTN reads no text
+    without = command.replace("RTN", "GPTQ") + " --output=x", f"validate --ckpt_path=hub {QUIET}"
+    for needs_text in without:
+        assert "hub has no tokenizer.json: name its tokenizer with --data.tokenizer" in mistake(capsys, needs_text)
     command += " --data.tokenizer=elsewhere.json"
+    made_up = f"validate --ckpt_path=hub --data.tokenizer=elsewhere.json --model.quant.activations=static {QUIET}"
+    assert "hub has no clips at" in mistake(capsys, made_up)
     for output, option, activations in (("token", "", "token"), ("static", "--calibrate=mse", "static")):
         main(shlex.split(f"{command} --output={output} {option}"))
         assert json.loads(Path(output, "report.json").read_text())["activations"] == activations

@@ -197,13 +197,16 @@ def test_a_resumed_fit_has_the_optimizer_that_is_asked_for_now(corpus, tmp_path)
     [
         (lambda module: setattr(module.shape, "rope_theta", 500.0), r"rope_theta 10000\.0 → 500\.0"),
         (lambda module: setattr(module.quant, "activation_bits", 8), "activation_bits 4 → 8"),
+        (lambda module: setattr(module, "vocab_size", 77), f"vocab_size {VOCAB_SIZE} → 77"),
     ],
 )
 def test_a_fit_is_not_resumed_with_another_model(corpus, tmp_path, change, line):
     first = trainer([], steps=1)
     first.fit(lit_module(), datamodule=datamodule(corpus))
     first.save_checkpoint(tmp_path / "x.ckpt")
-    other = lit_module()
+    same, other = lit_module(), lit_module()
+    same.shape.mlp_width = same.shape.hidden_width  # what null stands for
+    trainer([], steps=2).fit(same, datamodule=datamodule(corpus), ckpt_path=tmp_path / "x.ckpt")
     change(other)
     with pytest.raises(ValueError, match=f"the fit to resume has another model: {line}: resume with what it had"):
         trainer([], steps=2).fit(other, datamodule=datamodule(corpus), ckpt_path=tmp_path / "x.ckpt")
