@@ -153,14 +153,11 @@ class ActRegCLI(LightningCLI):
             option = "checkpoints" if subcommand == "table" else "ckpt_path"
             raise ValueError(f"{subcommand} needs a trained model: name one with --{option}")
         info = read_checkpoint_info(Path(path), Path(options.data.cache_dir))
-        if several and info.folder is not None and not is_sharded(info.folder):
-            raise ValueError(f"{path} is a folder of weights: `table` compares .ckpt files of fits, name those")
         if is_artifact(Path(path)) and (subcommand == "fit" or self.config[subcommand].model.quant is not None):
             what = "a fit starts from others" if subcommand == "fit" else "its activations are part of it"
             raise ValueError(f"{path} is quantized, {what}: name the checkpoint that it was made from")
-        if (
-            info.tokenizer is None and options.data.tokenizer is None and subcommand != "quantize"
-        ):  # which may need none
+        reads_text = subcommand != "quantize"  # which says itself where its method does
+        if reads_text and info.tokenizer is None and options.data.tokenizer is None:
             raise ValueError(f"{path} has no tokenizer.json: name its tokenizer with --data.tokenizer")
         if subcommand == "fit":
             info.shape.context = max(info.shape.context, options.data.context)

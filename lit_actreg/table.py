@@ -83,7 +83,8 @@ def weight_names(quantizers: list[Quantizer]) -> list[str]:
 
 def plain(part: Any) -> dict[str, Any]:
     """Class and options of a quantizer or plugin, as they read in JSON."""
-    options = json.loads(json.dumps(vars(part), default=str))
+    # an object's str would name its address, which is another in every run
+    options = json.loads(json.dumps(vars(part), default=lambda o: str(o) if isinstance(o, Path) else type(o).__name__))
     return {"class": f"{type(part).__module__}.{type(part).__qualname__}", **options}
 
 
@@ -96,7 +97,7 @@ def common_bits(checkpoints: dict[str, Path]) -> int:
     for name, path in checkpoints.items():
         if not path.exists() or (path.is_dir() and not is_sharded(path)):
             what = "is a folder of weights" if path.exists() else "does not exist"
-            raise ValueError(f"checkpoints {name}: {path} {what}: name a .ckpt of a fit")
+            raise ValueError(f"checkpoints {name}: {path} {what}: `table` compares .ckpt files of fits, name those")
         checkpoint = load_lightning_checkpoint(path)
         quant = QuantConfig(**checkpoint["hyper_parameters"]["quant"])
         if quant.activations in ("rotated", "quest"):

@@ -1,121 +1,34 @@
-"""The Gluon kernels: compiled for sm_90 here and everywhere; their answers are checked where there is such a GPU.
-
-Gluon has no interpreter, so without a GPU the test is that the compiler keeps the pipeline: ptxas says (C75..) when it
-has to wait after every `wgmma`, and spilled registers would show as local memory.
-"""
-
-import json
-import os
-import subprocess
-import sys
+"""The Gluon kernel of many tokens, held to what :mod:`hopper_checks` says."""
 
 import pytest
 import torch
-from lit_actreg_kernels import grid, int4_hopper, int4_linear, reference
+from hopper_checks import check_compiles, check_epilogue, check_integers, needs_hopper, problem
+from lit_actreg_kernels import int4_hopper, int4_linear
 from lit_actreg_kernels.int4_linear import Tile
 
-on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-needs_hopper = pytest.mark.skipif(not on_hopper, reason="needs a GPU of compute capability 9.0")
 # The last one has more tiles than programs.
 SHAPES = [(1, 8, 16), (70, 33, 272), (300, 520, 1040), (257, 1000, 4096), (2600, 2100, 528)]
 TILES = [Tile(128, 256, 64, 8, 4, hopper=True), Tile(128, 128, 64, 4, 4, hopper=True)]
-FEW_SHAPES = [(2, 8, 16), (3, 33, 272), (16, 520, 1040), (13, 4100, 4096), (16, 8200, 528)]
-FEW_TILES = [Tile(16, 64, 256, 4, 4, split_k=n, hopper=True) for n in (1, 3)] + [
-    Tile(32, 64, 256, 4, 3, hopper=True),
-    Tile(64, 64, 128, 4, 8, hopper=True),
-    Tile(64, 64, 128, 4, 4, split_k=2, hopper=True),
-]
-
-COMPILE = """
-import subprocess, tempfile, triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon._runtime import GluonASTSource
-from lit_actreg_kernels.{module} import _kernel, operand_layout
-block_m, block_n, block_k, num_warps, num_stages = {tile}
-layout = operand_layout(block_k)
-constants = dict(PER_TOKEN=False, HAS_BIAS=True, HAS_RESIDUAL=False, STAGES=num_stages, num_warps=num_warps, {more})
-codes, packed = f"i8[{{block_m}}, {{block_k}}]", f"u8[{{block_n}}, {{block_k}}]"
-types = dict(codes_desc=f"tensordesc<{{codes}},{{layout!r}}>", packed_desc=f"tensordesc<{{packed}},{{layout!r}}>")
-types |= dict.fromkeys(["y_ptr", "residual_ptr"], "*bf16") | dict.fromkeys("MNP", "i32")
-types |= dict.fromkeys(["weight_sums_ptr", "partial_ptr", "ticket_ptr"], "*i32")
-signature = {{n: "constexpr" if n in constants else types.get(n, "*fp32") for n in _kernel.arg_names}}
-source = GluonASTSource(_kernel, signature, constants, {{}})
-ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": num_warps}}).asm["ptx"]
-ptxas = get_ptxas(90).path
-with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-    file.write(ptx)
-    file.flush()
-    subprocess.run([ptxas, "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"], check=True)
-before, wait, _ = ptx.partition("griddepcontrol.wait")
-print([ptx.count("wgmma.mma_async"), before.count("cp.async.bulk") if wait else 0])
-"""
 
 
-@pytest.mark.parametrize(
-    ("module", "tile", "more", "counts"),
-    [
-        # 8 steps of 2 nibbles, 2 row tiles a warp group and 2 times 32 columns
-        ("int4_hopper", (128, 256, 64, 8, 4), "GROUP_M=8", [64, 0]),
-        # a loop over steps of 2 nibbles, 4 or 8 times 32 columns; all buffers' weights are asked for before the wait
-        ("int4_hopper_decode", (64, 64, 128, 4, 8), "SPLIT_K=2", [8, 8]),
-        ("int4_hopper_decode", (32, 64, 256, 4, 3), "SPLIT_K=1", [16, 3]),
-        ("int4_hopper_decode", (16, 64, 256, 4, 4), "SPLIT_K=2", [16, 4]),
-    ],
-)
-def test_compiles_without_waits_or_spills(tmp_path, module, tile, more, counts):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE.format(module=module, tile=tile, more=more)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert json.loads(result.stdout.splitlines()[-1]) == counts
-    assert "C75" not in result.stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in result.stderr
-
-
-def problem(m, n, k):
-    weight_codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
-    codes = torch.randint(-8, 8, (m, k), dtype=torch.int8)
-    packed = grid.pack_int4(torch.nn.functional.pad(weight_codes, (0, -k % 32)))
-    return codes, packed, reference.weight_sums(weight_codes, 1), weight_codes
+def test_compiles_without_waits_or_spills(tmp_path):
+    # 8 steps of 2 nibbles, 2 row tiles a warp group and 2 times 32 columns
+    check_compiles(tmp_path, "int4_hopper", (128, 256, 64, 8, 4), "GROUP_M=8", [64, 0])
 
 
 @needs_hopper
-@pytest.mark.parametrize(
-    ("tile", "m", "n", "k"),
-    [(tile, *shape) for tile in TILES for shape in SHAPES]
-    + [(tile, *shape) for tile in FEW_TILES for shape in [*FEW_SHAPES, (tile.block_m, 700, 8192)]],
-)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_integer_accumulators_are_equal(tile, m, n, k):
-    codes, packed, sums, weight_codes = problem(m, n, k)
-    unit = torch.ones(1), torch.zeros(1), torch.ones(n, 1), sums
-    arguments = [tensor.cuda() for tensor in (codes, packed, *unit)]
-    runs = [int4_linear.int4_linear(*arguments, None, None, torch.float32, tile=tile).cpu() for _ in range(5)]
-    expected = (codes.double() @ weight_codes.double().T).float()
-    assert all(torch.equal(run, expected) for run in runs)
+    check_integers(tile, m, n, k)
 
 
 @needs_hopper
-@pytest.mark.parametrize("tile", TILES + FEW_TILES)
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_epilogue(tile, dtype, per_token):
-    m, n, k = (150 if tile in TILES else tile.block_m - 3), 260, 512
-    codes, packed, sums, _ = problem(m, n, k)
-    shape = (m, 1) if per_token else (1,)
-    act_scale, zero_point = torch.rand(shape) + 0.1, torch.randint(-8, 8, shape) + 0.25
-    epilogue = (act_scale, zero_point, torch.rand(n, 1) + 0.1, sums, torch.randn(n), torch.randn(m, n))
-    expected = reference.int4_linear(codes, packed, *epilogue, torch.float32)
-    arguments = [tensor.cuda() for tensor in (codes, packed, *epilogue)]
-    y = int4_linear.int4_linear(*arguments, dtype, tile=tile).cpu()
-    # Float32 roundings in another order on terms of up to the largest output's size, then one rounding to dtype.
-    eps32, eps = 32 * torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
-    torch.testing.assert_close(y.float(), expected, rtol=max(eps, eps32), atol=eps32 * expected.abs().max().item())
+    check_epilogue(tile, 150, dtype, per_token)
 
 
 def test_serves_rows_that_tma_can_read():
