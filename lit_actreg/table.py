@@ -83,8 +83,7 @@ def weight_names(quantizers: list[Quantizer]) -> list[str]:
 
 def plain(part: Any) -> dict[str, Any]:
     """Class and options of a quantizer or plugin, as they read in JSON."""
-    # an object's str would name its address, which is another in every run
-    options = json.loads(json.dumps(vars(part), default=lambda o: str(o) if isinstance(o, Path) else type(o).__name__))
+    options = json.loads(json.dumps(vars(part), default=str))
     return {"class": f"{type(part).__module__}.{type(part).__qualname__}", **options}
 
 
