@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -95,13 +96,15 @@ class ActRegCLI(LightningCLI):
     def before_fit(self) -> None:
         """`--ckpt_path last` is the newest whole checkpoint of the run: of this version, else of any."""
         options = self.config_init["fit"]
-        if options.get("ckpt_path") != "last" or Path("last").exists():
-            return
-        folder = run_folder(self.trainer)
-        versions = [folder] if (folder / "checkpoints").is_dir() else sorted(folder.parent.glob("*"))
-        found = last_checkpoint([version / "checkpoints" for version in versions])
-        options["ckpt_path"] = str(found) if found else None
-        rank_zero_info(f"--ckpt_path last is {found}" if found else f"{folder} has no checkpoint yet: a new fit")
+        if options.get("ckpt_path") == "last" and not Path("last").exists():
+            folder = run_folder(self.trainer)
+            versions = [folder] if (folder / "checkpoints").is_dir() else sorted(folder.parent.glob("*"))
+            found = last_checkpoint([version / "checkpoints" for version in versions])
+            options["ckpt_path"] = str(found) if found else None
+            rank_zero_info(f"--ckpt_path last is {found}" if found else f"{folder} has no checkpoint yet: a new fit")
+        path = options.get("ckpt_path")
+        if path and is_sharded(Path(path)) and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError(f"{path} is in shards: resume it with trainer.strategy ModelParallelStrategy")
 
     def after_fit(self) -> None:
         """The last word of a fit is the perplexity of its last weights, wherever the validation interval fell."""

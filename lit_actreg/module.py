@@ -71,6 +71,8 @@ class LitLanguageModel(LightningModule):
         temperature: float = 0.8,
     ) -> None:
         super().__init__()
+        if new_tokens < 1 or temperature < 0:
+            raise ValueError(f"model.new_tokens {new_tokens}, temperature {temperature}: use 1 or more, 0 or more")
         # Plain values, or the checkpoint would not load with weights_only. A resumed fit sets its own shape.
         shape = ModelConfig(**shape) if isinstance(shape, dict) else shape
         quant = QuantConfig(**quant) if isinstance(quant, dict) else quant or QuantConfig()
@@ -86,6 +88,8 @@ class LitLanguageModel(LightningModule):
         self.cross_entropy = next_token_loss
 
     def setup(self, stage: str) -> None:
+        if self.trainer.accumulate_grad_batches < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches {self.trainer.accumulate_grad_batches}: use 1 or more")
         if stage == "fit" and self.bfloat16_stream and self.trainer.precision != "bf16-mixed":
             precision = self.trainer.precision
             raise ValueError(

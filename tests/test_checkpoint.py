@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from small_fit import CONTEXT, VOCAB_SIZE, datamodule, lit_module, trainer, write_corpus
 
 from lit_actreg.callbacks.checkpoint import ResumeCheckpoint
@@ -95,6 +97,27 @@ def test_a_torn_one_is_passed_over(folder, share, caplog):
     tear(folder / "step=6.ckpt", share)
     with pytest.raises(ValueError, match=r"no whole checkpoint: .*step=7.*step=6"):
         whole_or_before(newest)
+
+
+def test_sigterm_before_the_first_batch_is_answered_after_it(corpus, tmp_path, caplog):
+    """In the sanity check Lightning's handler would still be there, which leaves ranks waiting for one another."""
+
+    class Terminated(Callback):
+        def on_validation_batch_start(self, trainer, *_):
+            if trainer.sanity_checking:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    caplog.set_level("INFO")
+    before = signal.getsignal(signal.SIGTERM)
+    kept = ResumeCheckpoint()
+    for ended in ("first", "second"):
+        options = {"logger": False, "enable_checkpointing": True, "default_root_dir": tmp_path / ended}
+        engine = trainer([kept, Terminated()], limit_val_batches=1, **options)
+        with pytest.raises(SystemExit) as exit:
+            engine.fit(lit_module(), datamodule=datamodule(corpus))
+        assert exit.value.code == 143
+        assert f"{ended}/checkpoints/step=1.ckpt is written" in caplog.text
+        assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_last_is_found_in_the_run_and_goes_on_from_the_whole_one(corpus, tmp_path, caplog, monkeypatch):

@@ -129,6 +129,17 @@ def test_predict_continues_with_the_likeliest_tokens(corpus, num_prompt, capsys)
     assert capsys.readouterr().out == data.decode(found[0]) + "\n"
 
 
+@pytest.mark.parametrize("option", [{"new_tokens": -1}, {"temperature": -0.5}])
+def test_what_cannot_be_generated_is_refused(option):
+    with pytest.raises(ValueError, match="use 1 or more, 0 or more"):
+        lit_module(**option)
+
+
+def test_a_window_of_no_batches_is_refused(corpus):
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches 0: use 1 or more"):
+        trainer([], accumulate_grad_batches=0).fit(lit_module(), datamodule=datamodule(corpus))
+
+
 def test_a_checkpoint_is_of_plain_types_and_brings_its_tokenizer(corpus, tmp_path):
     data, module = datamodule(corpus), lit_module()
     engine = trainer([], steps=1)

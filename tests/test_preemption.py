@@ -125,7 +125,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_two_processes_stop_together(folder, strategy):
+def test_two_processes_stop_together(folder, strategy, capsys):
     """torchrun passes SIGTERM on; the ranks agree, or one would wait for the other. In shards a checkpoint is a folder,
     whole or not there as well."""
     checkpoints = folder / strategy / "version_0" / "checkpoints"
@@ -139,6 +139,9 @@ def test_two_processes_stop_together(folder, strategy):
     assert damage(last) is None
     assert not list(checkpoints.glob(".*"))
     if strategy == "fsdp2":
+        with pytest.raises(SystemExit):
+            main(arguments(folder, "alone", f"--ckpt_path={last}"))
+        assert "is in shards: resume it with trainer.strategy ModelParallelStrategy" in capsys.readouterr().err
         shard = next(last.glob("*.distcp"))
         os.truncate(shard, shard.stat().st_size - 100)
         assert damage(last) == f"{shard.name} is too short"

@@ -96,14 +96,18 @@ class ResumeCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            self.preemption = Preemption()
             self._folder = Path(trainer.strategy.broadcast(run_folder(trainer) / "checkpoints"))
             sharded = isinstance(trainer.strategy, ModelParallelStrategy)
             if not sharded and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 trainer.strategy.checkpoint_io = PlainFile()
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.preemption.install(trainer)  # a SIGTERM from here on is answered after the first batch
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
-        self.preemption.install(trainer)
+        self.preemption.install(trainer)  # a resumed fit has no sanity check
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Saves where the interval divides the step, and at once after SIGTERM."""

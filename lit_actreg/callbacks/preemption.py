@@ -31,8 +31,8 @@ class Preemption:
         self._group: dist.ProcessGroup | None = None
 
     def install(self, trainer: Trainer) -> None:
-        """Takes SIGTERM over from Lightning; all ranks take part."""
-        if threading.current_thread() is not threading.main_thread():
+        """Takes SIGTERM over from Lightning, once; all ranks take part."""
+        if self._previous is not None or threading.current_thread() is not threading.main_thread():
             return  # Python lets only the main thread handle signals
         self._noted = False
         if trainer.world_size > 1:
