@@ -1,6 +1,10 @@
 """The whole application at its smallest: text, DataModule, module, callbacks and Trainer, in seconds on one core."""
 
+import faulthandler
+import os
 import random
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,21 @@ def lit_module(quant: QuantConfig | None = None, lr: float = 1e-2, style: str = 
     shape = ModelConfig(style=style, num_layers=2, width=32, num_heads=2, context=CONTEXT)  # type: ignore[arg-type]
     seed_everything(1, verbose=False)
     return LitLanguageModel(shape, quant, OptimConfig(lr=lr, warmup_steps=3, decay_steps=20), VOCAB_SIZE, **options)
+
+
+def launch_two_processes(file: str, *arguments: Path | str) -> None:
+    """Runs a test's file under torchrun, as the docs say; it calls :func:`as_one_of_two_processes` first."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, file, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def as_one_of_two_processes() -> None:
+    """A core for each; and processes that wait for each other for four minutes say where they stand, and end."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    faulthandler.dump_traceback_later(240 + 5 * rank, exit=rank == 1)
 
 
 class Records(DummyLogger):

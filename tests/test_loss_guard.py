@@ -8,7 +8,6 @@ import copy
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,16 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from small_fit import Losses, datamodule, lit_module, parameters, trainer, write_corpus
+from small_fit import (
+    Losses,
+    as_one_of_two_processes,
+    datamodule,
+    launch_two_processes,
+    lit_module,
+    parameters,
+    trainer,
+    write_corpus,
+)
 
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.loss_guard import FINE, NAN, SPIKE, LossGuard
@@ -188,10 +196,7 @@ def test_the_running_statistics_are_those_of_the_docstring():
 @pytest.mark.slow
 def test_two_processes_leave_the_same_step_out(corpus, tmp_path):
     """A loss that is not a number on one rank, on whole weights and in shards, plain and fused."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, __file__, str(corpus), str(tmp_path / "out.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    launch_two_processes(__file__, corpus, tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found) == 4
     for name, moved in found.items():
@@ -219,5 +224,5 @@ def main(corpus: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    as_one_of_two_processes()
     main(Path(sys.argv[1]), Path(sys.argv[2]))

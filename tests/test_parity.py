@@ -9,7 +9,6 @@ Under torchrun (``torchrun --nproc-per-node 2 test_parity.py CORPUS CASES OUTPUT
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from small_fit import Losses, datamodule, lit_module, trainer, write_corpus
+from small_fit import (
+    Losses,
+    as_one_of_two_processes,
+    datamodule,
+    launch_two_processes,
+    lit_module,
+    trainer,
+    write_corpus,
+)
 from small_models import text_ids
 
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
@@ -176,12 +183,9 @@ def references(corpus) -> dict[str, dict]:
 
 
 def two_processes(corpus: Path, cases: str) -> dict[str, dict]:
-    """The fits that :func:`main` names, in two processes launched as the docs say."""
+    """The fits that :func:`main` names, in two processes."""
     output = corpus.parent / f"{cases}.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, __file__, str(corpus), cases, str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    launch_two_processes(__file__, corpus, cases, output)
     return json.loads(output.read_text())
 
 
@@ -280,5 +284,5 @@ def main(corpus: Path, cases: str, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    as_one_of_two_processes()
     main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
