@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lit_actreg.checkpoint import load_lightning_checkpoint
 from lit_actreg.config import SITES, QuantConfig, as_plain
 from lit_actreg.module import LitLanguageModel
-from lit_actreg.parallel import local, whole
+from lit_actreg.parallel import local
 from lit_actreg.quant.clips import ClipMethod, initial_clips
 from lit_actreg.quant.linear import InputQuantizer, QuantLinear
 from lit_actreg.quant.observe import observe_inputs
@@ -187,12 +187,11 @@ class ClipSchedule(Callback):
 
     def _log(self, trainer: Trainer, module: LitLanguageModel) -> None:
         """Clips, bits and learning rate to the logger, with one wait for the device."""
-        named, step = self._quantizers(module), trainer.global_step
-        clips = [whole(clip.detach()) for _, q in named for clip in (q.low, q.high)]
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero:  # who has all clips, also of sharded weights: FSDP2 gives one element to rank 0
             return
-        names = [f"clips_{end}_{name}" for name, _ in named for end in ("low", "high")]
-        numbers = dict(zip(names, torch.cat(clips).tolist(), strict=True))
+        sites, step = [site for site, _ in self._quantizers(module)], trainer.global_step
+        names = [f"clips_{end}_{site}" for end in ("low", "high") for site in sites]
+        numbers = dict(zip(names, torch.cat(self._clips(module)).tolist(), strict=True))
         numbers["clips/bits"] = float(self.bits_at(step, module.quant.activation_bits))
         numbers["clips/lr"] = self.lr_at(step, module)
         for logger in trainer.loggers:
