@@ -187,6 +187,7 @@ def read_artifact(path: Path, device: torch.device | str = "cpu") -> Decoder:
         FileNotFoundError: There is no such folder, or files are missing from it.
         ValueError: It is not an artifact, or its tensors do not fit its config.json.
     """
+    path = Path(path)
     if path.is_dir() and not is_artifact(path):
         raise ValueError(f"{path} is not a quantized checkpoint: name a folder that `lit-actreg quantize` wrote")
     theirs = read_config(path)

@@ -138,6 +138,7 @@ def load_lightning_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: It is no such file, or its tensors do not fit its hyper-parameters.
     """
+    path = Path(path)
     try:
         sharded = is_sharded(path)
         checkpoint = read_shards(path) if sharded else torch.load(path, "cpu", weights_only=True, mmap=True)

@@ -188,7 +188,12 @@ class ActRegCLI(LightningCLI):
 def import_plugins() -> None:
     """Imports what other packages (and lit_actreg_plugins) have registered, so that options can name it."""
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
-        entry_point.load()
+        try:
+            entry_point.load()
+        except Exception as error:
+            package = entry_point.dist.name if entry_point.dist else "?"
+            what = f"plugin {entry_point.name} = {entry_point.value} of the package {package} cannot be imported"
+            raise ValueError(f"{what} ({type(error).__name__}: {error}): mend or uninstall it") from error
 
 
 def one_line(message: str) -> str:
@@ -200,8 +205,8 @@ def one_line(message: str) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake is one line on stderr and exit status 2."""
-    import_plugins()
     try:
+        import_plugins()
         ActRegCLI(
             LitLanguageModel,
             TextDataModule,

@@ -1,14 +1,37 @@
 """What the application knows of its plugins: what a quantizer gets and gives, how a callback adds a term to the loss.
 
-A new quantizer is one file with one subclass of :class:`Quantizer` and one entry point in the group
-``lit_actreg.plugins``. A new regularizer is one callback that registers one :class:`LossTerm`.
+A new quantizer is one subclass of :class:`Quantizer`, a new regularizer one Lightning callback with the method of
+:class:`Regularizer`:
+
+    class Stochastic(Quantizer):                                # lit-actreg quantize --quantizer Stochastic …
+        def quantize_weight(self, weight, hessian):
+            scale = symmetric_scale(weight.abs().amax(1, keepdim=True), self.bits)
+            low, high = code_range(self.bits)                   # both from lit_actreg_kernels.grid
+            codes = (weight / scale + torch.rand_like(weight)).floor().clamp(low, high)
+            return QuantizedWeight(codes.to(torch.int8), scale, None, self.bits)
+
+    class SmallOutputs(Callback):                               # lit-actreg fit --trainer.callbacks+=SmallOutputs
+        def __init__(self, weight: float = 1e-4):               #   --trainer.callbacks.weight=1e-3 …
+            self.weight = weight
+
+        def loss_terms(self, module):
+            term = LossTerm(lambda y: y.float().square().mean(), coefficient=lambda step: self.weight)
+            return {"small_outputs": term}
+
+Both are found by name once their package is installed with an entry point, here in its pyproject.toml:
+
+    [project.entry-points."lit_actreg.plugins"]
+    mine = "my_package.my_module"
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
+from lit_actreg_kernels.grid import code_range, num_groups
 from torch import Tensor
 
 from lit_actreg.config import SITES, Site
@@ -38,11 +61,27 @@ class LossTerm:
     tap: Callable[[Tensor, bool], tuple[Tensor, Tensor]] | None = None
     of: Literal["output", "weight"] = "output"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.sites, str) or not set(self.sites) <= set(SITES):
+            raise ValueError(f"a loss term's sites {self.sites!r} are not some of {SITES}")
+
     def look_at(self, y: Tensor, weight: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
         """The y to go on with, and the statistic."""
-        if self.of == "weight":
-            return y, self.statistic(weight)
-        return (y, self.statistic(y)) if self.tap is None else self.tap(y, kept)
+        if self.of == "output" and self.tap is not None:
+            y, statistic = self.tap(y, kept)
+        else:
+            statistic = self.statistic(weight if self.of == "weight" else y)
+        if statistic.dim() > 0:
+            raise ValueError(f"a loss term's statistic is a scalar, not of shape {tuple(statistic.shape)}")
+        return y, statistic
+
+
+@runtime_checkable
+class Regularizer(Protocol):
+    """A callback that adds to the loss."""
+
+    def loss_terms(self, module: Any) -> dict[str, LossTerm]:
+        """The terms of a fit of this LitLanguageModel, by the name that each is logged under."""
 
 
 @dataclass
@@ -64,9 +103,31 @@ class QuantizedWeight:
     bits: int
     notes: dict[str, float | int | str] = field(default_factory=dict)
 
+    def fault(self, quantizer: "Quantizer", shape: torch.Size) -> str | None:
+        """What is wrong with it as the ``quantizer``'s answer for a weight of this shape; None if nothing is."""
+        if self.bits != quantizer.bits:
+            return f"bits {self.bits}, where all layers have the quantizer's {quantizer.bits}"
+        if (self.zero_point is None) != quantizer.symmetric:
+            return (
+                f"zero points {'missing' if self.zero_point is None else 'given'}, symmetric is {quantizer.symmetric}"
+            )
+        per_group, (low, high) = (shape[0], num_groups(shape[1], quantizer.group_size)), code_range(self.bits)
+        expected = {"codes": (shape, torch.int8), "scale": (per_group, torch.float32)}
+        expected |= {} if self.zero_point is None else {"zero_point": (per_group, torch.int8)}
+        for name, (its_shape, dtype) in expected.items():
+            tensor = getattr(self, name)
+            if not isinstance(tensor, Tensor) or tensor.shape != its_shape or tensor.dtype != dtype:
+                found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+                return f"{name} {found}, not {dtype} {list(its_shape)}"
+            if dtype == torch.int8 and (tensor.min() < low or tensor.max() > high):
+                return f"{name} outside {low} to {high}"
+        return None if self.scale.isfinite().all() else "a scale that is not finite"
+
 
 class Quantizer(ABC):
     """Turns one layer's weight into codes. Its ``__init__`` arguments are its command-line options.
+
+    Its public attributes are written into the artifact, as JSON; one that begins with an underscore is its own affair.
 
     Args:
         bits: Bits of the weight grid, 2-8.
@@ -86,12 +147,23 @@ class Quantizer(ABC):
             raise ValueError(f"group_size {group_size} is not positive: name a divisor of the input width, or null")
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
 
+    def options(self) -> dict[str, Any]:
+        """Its public attributes: plain values, or it raises ValueError."""
+        options = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        for name, value in options.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                what = f"{type(self).__name__}.{name} is a {type(value).__name__}"
+                raise ValueError(f"{what}, which no JSON file holds: begin its name with an underscore") from None
+        return options
+
     @abstractmethod
     def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> QuantizedWeight:
         """Quantizes one linear layer.
 
         Args:
-            weight: float32 [N, K].
+            weight: float32 [N, K]; it is the model's own, so it stays as it is.
             hessian: float32 [K, K], mean over the calibration tokens of x̂ x̂ᵀ, where x̂ is the layer's input *on its
                 activation grid*, from blocks that are already quantized. None unless ``needs_hessian``.
         """

@@ -10,7 +10,7 @@ Every linear [N, K] with b-bit codes and groups of g input columns becomes
     Ŵᵀ[k, n] = (qweight − qzeros) · scales
 
 Version 2 stores the zero point z, version 1 stored z − 1. Scales are rounded to float16, so Ŵ differs from the
-artifact's by up to 2⁻¹¹ of itself.
+artifact's by up to 2⁻¹¹ of itself (by more for scales below 2⁻¹⁴, where float16 has fewer bits).
 
 There is no place for activation scales: whoever loads the folder computes with 16-bit activations, and `quantize` says
 so. Its weights are therefore fitted to inputs that are not on the activation grid.

@@ -2,8 +2,8 @@
 
     loss = cross-entropy + Σ over loss terms of coefficient(step) · Σ over blocks and sites of statistic
 
-Callbacks add loss terms in ``setup("fit")``; the model is built after that, in ``configure_model``, so that the blocks
-know which statistics to return before they are compiled.
+When a fit starts, the Trainer's callbacks are asked for their loss terms (:class:`lit_actreg.contracts.Regularizer`),
+and the blocks are told which statistics to return, before any of them is compiled: that happens when it first runs.
 """
 
 import math
@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_actreg.artifact import is_artifact, read_artifact
 from lit_actreg.checkpoint import TOKENIZER_KEY, is_sharded, load_lightning_checkpoint
 from lit_actreg.config import ModelConfig, OptimConfig, QuantConfig, as_plain
-from lit_actreg.contracts import LossTerm
+from lit_actreg.contracts import LossTerm, Regularizer
 from lit_actreg.data.packed import IGNORE
 from lit_actreg.generate import generate
 from lit_actreg.huggingface import load_huggingface
@@ -41,7 +42,7 @@ class LitLanguageModel(LightningModule):
     Args:
         shape: Shape of the decoder.
         quant: How linear inputs are quantized; null means the defaults in a fit, and as the checkpoint was trained
-            everywhere else.
+            everywhere else. Learned clips need the callback ClipSchedule.
         optim: Optimizer and learning-rate schedule.
         vocab_size: Rows of the embedding; the command line sets it from the data.
         init_from: Checkpoint whose weights and shape are used instead of new ones: a .ckpt of a fit (clips included),
@@ -80,10 +81,11 @@ class LitLanguageModel(LightningModule):
             {"shape": as_plain(shape), "quant": as_plain(quant), "vocab_size": vocab_size}, logger=False
         )
         self.shape, self.quant, self.optim, self.vocab_size = shape, quant, optim or OptimConfig(), vocab_size
-        self.init_from, self.compile_model = init_from, compile
+        self.init_from, self.compile_model = None if init_from is None else Path(init_from), compile
         self.activation_checkpointing, self.bfloat16_stream = activation_checkpointing, bfloat16_stream
         self.new_tokens, self.temperature = new_tokens, temperature
         self.loss_terms: dict[str, LossTerm] = {}
+        self.clips_are_scheduled = False
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.cross_entropy = next_token_loss
 
@@ -97,7 +99,7 @@ class LitLanguageModel(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Builds the decoder once, new or from a folder; tells it the loss terms; then :mod:`lit_actreg.parallel`."""
+        """Builds the decoder once, new or from a folder; then :mod:`lit_actreg.parallel`."""
         if hasattr(self, "model"):
             return
         if self.init_from and is_artifact(self.init_from):
@@ -112,7 +114,6 @@ class LitLanguageModel(LightningModule):
                 missing = self.model.load_state_dict(state, strict=False).missing_keys
                 assert all("input_quantizer" in name for name in missing), missing
         self.model.bfloat16_stream = self.bfloat16_stream
-        self.model.set_loss_terms(tuple(self.loss_terms.values()))
         if self.activation_checkpointing:
             checkpoint_blocks(self.model)
         if self.compile_model:
@@ -120,6 +121,18 @@ class LitLanguageModel(LightningModule):
             self.cross_entropy = torch.compile(next_token_loss)  # type: ignore[assignment]
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
+
+    def on_fit_start(self) -> None:
+        """Collects the loss terms of this fit; those of an earlier one are gone."""
+        self.loss_terms = {}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            terms = callback.loss_terms(self) if isinstance(callback, Regularizer) else {}
+            if twice := terms.keys() & self.loss_terms.keys():
+                raise ValueError(f"two callbacks have loss terms of one name, {sorted(twice)}: leave one of them out")
+            self.loss_terms |= terms
+        self.model.set_loss_terms(tuple(self.loss_terms.values()))
+        if self.quant.clipped_sites and not self.clips_are_scheduled:
+            rank_zero_warn("clips stay where they are: the callback ClipSchedule calibrates them and lets them learn")
 
     # Steps
 
@@ -180,20 +193,22 @@ class LitLanguageModel(LightningModule):
         self._log_perplexity(self.test_loss, "test")
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Continues prompts [B, T] by ``new_tokens`` tokens (:mod:`lit_actreg.generate`) and prints them.
+        """Continues prompts [B, T] by ``new_tokens`` tokens (:mod:`lit_actreg.generate`).
 
-        Returns [B, T + new_tokens].
+        Returns [B, T + new_tokens], and prints them if the DataModule can decode.
         """
         batch = generate(self.model, batch, self.new_tokens, self.temperature)
-        for row in batch:
-            print(self.trainer.datamodule.decode(row))  # type: ignore[attr-defined]
+        decode = getattr(getattr(self.trainer, "datamodule", None), "decode", None)
+        if decode is not None:
+            for row in batch:
+                print(decode(row))
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The tokenizer travels with the weights: token ids mean nothing without it."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            checkpoint[TOKENIZER_KEY] = data.tokenizer_path.read_text()
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer_path", None)
+        if tokenizer is not None:  # else the user's own data, and own affair
+            checkpoint[TOKENIZER_KEY] = tokenizer.read_text()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed fit goes on with the model that it began with, or is refused."""
@@ -202,11 +217,13 @@ class LitLanguageModel(LightningModule):
             derived = {"mlp_width": shape.hidden_width, "num_kv_heads": shape.kv_heads, "vocab_size": vocab_size}
             return as_plain(shape) | as_plain(quant) | derived
 
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            return
         saved = checkpoint["hyper_parameters"]
         before = described(ModelConfig(**saved["shape"]), QuantConfig(**saved["quant"]), saved["vocab_size"])
         now = described(self.shape, self.quant, self.vocab_size)
         changed = [f"{name} {before[name]} → {now[name]}" for name in now if before[name] != now[name]]
-        if changed and self.trainer.state.fn == TrainerFn.FITTING:
+        if changed:
             raise ValueError(f"the fit to resume has another model: {', '.join(changed)}: resume with what it had")
 
     # Optimization

@@ -40,7 +40,7 @@ from lit_actreg.quant.linear import QuantLinear
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 from lit_actreg.quant.weight_grid import dequantize_weight, relative_layer_error, round_to_nearest
 from lit_actreg.report import print_report
-from lit_actreg.work_folder import WorkFolder, fingerprint
+from lit_actreg.work_folder import WorkFolder, described, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ def _quantize_layer(
         result = quantizer.quantize_weight(weight, hessian)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    if fault := result.fault(quantizer, weight.shape):
+        raise ValueError(f"{name}: {type(quantizer).__name__} gave {fault}")
     dequantized = dequantize_weight(result.codes, result.scale, result.zero_point)
     line: dict[str, Any] = {"layer": name, "shape": list(weight.shape), "bits": result.bits}
     line["groups"] = result.scale.shape[1]
@@ -188,7 +190,7 @@ def quantize_model(
     Returns:
         The report, as in report.json.
     """
-    device = torch.device(device)
+    device, output = torch.device(device), Path(output)
     check_output(output, overwrite)
     quant, messages = stored_quant_config(model.quant, round_zero_point, format, calibrate)
     stored_format = choose_format(quantizer.bits, quantizer.symmetric, format)
@@ -207,7 +209,7 @@ def quantize_model(
         )
     for message in messages:
         warnings.warn(message, stacklevel=2)
-    options = {"name": type(quantizer).__name__, **vars(quantizer)}
+    options = {"name": type(quantizer).__name__, **quantizer.options()}
     report: dict[str, Any] = {
         "quantizer": options,
         "format": stored_format,
@@ -225,7 +227,7 @@ def quantize_model(
 
     started, clock = time.perf_counter(), StageClock(device)
     with clock("fingerprint"):
-        settings = {**options, "round_zero_point": round_zero_point, "calibrate": calibrate}
+        settings = {"quantizer": described(quantizer), "round_zero_point": round_zero_point, "calibrate": calibrate}
         job = fingerprint(model, quant, settings, batches)
     work = WorkFolder(output.with_name(f"{output.name}.work"), job, overwrite)
     with clock("embedding"):

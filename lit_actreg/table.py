@@ -34,6 +34,7 @@ from lit_actreg.data.packed import IGNORE
 from lit_actreg.model import Decoder
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 from lit_actreg.quantize import quantize_model
+from lit_actreg.work_folder import described
 
 Results = dict[str, dict[str, float]]  # checkpoint's name → column → perplexity
 
@@ -70,7 +71,7 @@ def column(weights: str, activation_bits: int) -> str:
 
 def weight_names(quantizers: list[Quantizer]) -> list[str]:
     """Names like "W4 GPTQ"; where several share one, also the options in which they differ: "W4 GPTQ group_size=32"."""
-    named = [(f"W{q.bits} {type(q).__name__}", vars(q)) for q in quantizers]
+    named = [(f"W{q.bits} {type(q).__name__}", q.options()) for q in quantizers]
     names = []
     for name, options in named:
         others = [theirs for its_name, theirs in named if its_name == name]
@@ -82,7 +83,7 @@ def weight_names(quantizers: list[Quantizer]) -> list[str]:
 
 
 def plain(part: Any) -> dict[str, Any]:
-    """Class and options of a quantizer or plugin, as they read in JSON."""
+    """Class and options of a plugin, as they read in JSON."""
     options = json.loads(json.dumps(vars(part), default=str))
     return {"class": f"{type(part).__module__}.{type(part).__qualname__}", **options}
 
@@ -170,7 +171,7 @@ def fill_table(
             artifact: dict[str, Any] = {"checkpoint": file, "text": data.packed_folder.name}
             artifact["activation_bits"] = activation_bits
             if quantizer is not None:
-                artifact |= {"quantizer": plain(quantizer), "calibration_tokens": calibration_tokens}
+                artifact |= {"quantizer": described(quantizer), "calibration_tokens": calibration_tokens}
             for bits in (16, activation_bits):
                 progress.update()
                 number = artifact | {"sequences": sequences}

@@ -5,6 +5,7 @@ was killed. The folder remembers the fingerprint of the job, and refuses any oth
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -20,12 +21,22 @@ from torch import Tensor
 
 from lit_actreg.artifact import writing
 from lit_actreg.config import SITES, QuantConfig, Site
-from lit_actreg.contracts import QuantizedWeight
+from lit_actreg.contracts import QuantizedWeight, Quantizer
 from lit_actreg.model import Decoder
 
 
-def fingerprint(model: Decoder, quant: QuantConfig, quantizer: dict[str, Any], calibration: Sequence[Tensor]) -> str:
-    """A hash of all that decides the codes: weights, options, calibration tokens.
+def described(quantizer: Quantizer) -> dict[str, Any]:
+    """A quantizer's class, options and a hash of the file that defines it: who mends his method wants new codes."""
+    kind = type(quantizer)
+    try:
+        code = hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+    except (OSError, TypeError):  # from a notebook, for one
+        code = ""
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "code": code, **quantizer.options()}
+
+
+def fingerprint(model: Decoder, quant: QuantConfig, settings: dict[str, Any], calibration: Sequence[Tensor]) -> str:
+    """A hash of all that decides the codes: weights, settings, calibration tokens.
 
     Tensors are hashed on several threads: one takes 4 s for the 4 GB of 1 B parameters.
     """
@@ -36,7 +47,7 @@ def fingerprint(model: Decoder, quant: QuantConfig, quantizer: dict[str, Any], c
         digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.digest()
 
-    options = json.dumps([asdict(model.config), asdict(quant), quantizer], sort_keys=True)
+    options = json.dumps([asdict(model.config), asdict(quant), settings], sort_keys=True)
     named = sorted(model.state_dict().items())
     named += [(f"batch {index}", ids) for index, ids in enumerate(calibration)]
     with ThreadPoolExecutor(max_workers=8) as pool:

@@ -104,7 +104,7 @@ class GPTQ(Quantizer):
         for name, tensor in (("weight", weight), ("Hessian", hessian)):
             if not tensor.isfinite().all():
                 raise ValueError(f"the {name} has NaN or infinite values: quantize an earlier checkpoint")
-        h_KK = hessian.double()
+        h_KK = hessian.to(torch.float64, copy=True)
         dead = h_KK.diagonal() == 0
         # Any positive number will do: a dead column's row is zero elsewhere. The mean leaves the damping as it is.
         h_KK.diagonal()[dead] = h_KK.diagonal()[~dead].mean() if not dead.all() else 1.0

@@ -17,7 +17,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_actreg.artifact import check_output
 from lit_actreg.contracts import Quantizer
+from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.model import Decoder
+from lit_actreg.module import LitLanguageModel
+from lit_actreg.plan import plan_layers, stored_quant_config
 from lit_actreg.quantize import quantize_model
 
 
@@ -52,19 +55,27 @@ class PostFitQuantization(Callback):
             raise ValueError(
                 "PostFitQuantization cannot gather a sharded model: run `lit-actreg quantize` on its checkpoint instead"
             )
+        if self.quantizer.needs_hessian and not isinstance(trainer.datamodule, TextDataModule):  # type: ignore
+            raise ValueError(f"{type(self.quantizer).__name__} calibrates on text: fit with a TextDataModule")
+        assert isinstance(pl_module, LitLanguageModel)
+        quant, _ = stored_quant_config(pl_module.quant, round_zero_point=False, format="auto", calibrate=None)
+        with torch.device("meta"):
+            model = Decoder(pl_module.shape, pl_module.quant, pl_module.vocab_size)
+        plan_layers(model, self.quantizer, quant)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         model, data = pl_module.model, trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(model, Decoder)
+        text = isinstance(data, TextDataModule)
         with torch.no_grad():
             quantize_model(
                 model,
                 self.quantizer,
-                data.calibration_batches(self.calibration_tokens, self.seed),
+                data.calibration_batches(self.calibration_tokens, self.seed) if text else (),
                 self.output,
-                data.tokenizer_path,
+                data.tokenizer_path if text else None,
                 device=pl_module.device,
                 overwrite=self.overwrite,
             )

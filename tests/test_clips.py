@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lit_actreg.quant import clips
 from lit_actreg.quant.clips import MAX_SAMPLES, initial_clips
 
 METHODS = ("constant", "minmax", "quantile", "mse")
@@ -78,3 +79,10 @@ def test_every_channel_is_looked_at_in_large_inputs(num_channels):
         x = torch.zeros(num_tokens, num_channels)
         x[:, channel] = 1.0
         assert initial_clips(x, "minmax")[1].item() == 1.0, channel
+
+
+def test_no_more_values_are_looked_at_than_said(monkeypatch):
+    monkeypatch.setattr(clips, "MAX_SAMPLES", 10)
+    x = torch.arange(19.0).where(torch.arange(19) % 2 == 0, 100.0)
+    assert initial_clips(x, "minmax")[1] == 18
+    assert initial_clips(x[:10], "minmax")[1] == 100

@@ -157,3 +157,11 @@ def test_mistakes_raise_one_line(make, line):
     with pytest.raises(ValueError, match=line) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_what_it_is_given_stays_as_it_is():
+    weight, hessian = torch.randn(4, 4, dtype=torch.float64), torch.tensor([0.0, 1, 2, 3], dtype=torch.float64).diag()
+    before = weight.clone(), hessian.clone()
+    GPTQ().quantize_weight(weight, hessian)
+    assert torch.equal(weight, before[0])
+    assert torch.equal(hessian, before[1])

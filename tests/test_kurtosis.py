@@ -1,4 +1,4 @@
-"""The callback registers the paper's penalty, warms it up by the global step, logs each site, and it acts."""
+"""The callback adds the paper's penalty, warms it up by the global step, logs each site, and it acts."""
 
 import functools
 
@@ -9,6 +9,7 @@ from small_fit import Losses, datamodule, lit_module, trainer, write_corpus
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.kurtosis import KurtosisRegularization
 from lit_actreg.config import SITES, QuantConfig
+from lit_actreg.contracts import LossTerm
 from lit_actreg.quant.statistics import token_kurtosis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,15 +27,13 @@ def test_lambda_rises_linearly_to_its_weight():
     assert KurtosisRegularization(4e-5).coefficient(0) == 4e-5
 
 
-def test_the_term_is_registered_for_a_fit_only_and_not_without_weight_or_sites():
-    def terms(stage, **options):
-        module = lit_module()
-        KurtosisRegularization(**options).setup(None, module, stage)
-        return module.loss_terms
+def test_there_is_no_term_without_weight_or_sites():
+    def terms(**options):
+        return KurtosisRegularization(**options).loss_terms(lit_module())
 
-    assert terms("fit")["kurtosis"].sites == SITES
-    assert terms("fit", sites=["mlp_in"])["kurtosis"].sites == ("mlp_in",)
-    assert terms("validate") == terms("fit", weight=0.0) == terms("fit", sites=[]) == {}
+    assert terms()["kurtosis"].sites == SITES
+    assert terms(sites=["mlp_in"])["kurtosis"].sites == ("mlp_in",)
+    assert terms(weight=0.0) == terms(sites=[]) == {}
     with pytest.raises(ValueError, match=r"kurtosis\.weight -1\.0 is negative"):
         KurtosisRegularization(-1.0)
 
@@ -100,3 +99,33 @@ def test_everything_is_logged_at_the_steps_that_loggers_take(corpus, accumulate)
     engine.fit(lit_module(PLAIN), datamodule=datamodule(corpus))
     names = ["train/loss", "train/gradient_norm", "kurtosis/penalty", *(f"kurtosis/{site}" for site in SITES)]
     assert [list(engine.logger.of(name)) for name in names] == [[1, 3]] * len(names)
+
+
+def test_a_fit_has_the_terms_of_its_own_callbacks(corpus):
+    """Whatever the module was used for before: a validation, a fit with other terms."""
+    module, data = lit_module(PLAIN), datamodule(corpus)
+    trainer([], limit_val_batches=1).validate(module, datamodule=data, verbose=False)
+    for sites in (["mlp_proj"], ["qkv", "mlp_in"], []):
+        seen = SeenKurtosis(sites)
+        engine = trainer([KurtosisRegularization(0.01, sites), seen], steps=1)
+        engine.fit(module, datamodule=data)
+        logged = {site: engine.logger.of(f"kurtosis/{site}") for site in SITES}
+        assert [site for site in SITES if logged[site]] == [site for site in SITES if site in sites]
+        for site in sites:
+            assert logged[site][0] == pytest.approx((seen.found[0, site] + seen.found[1, site]) / 2, rel=1e-5)
+
+
+def test_what_is_no_loss_term_is_refused(corpus):
+    for sites in ("qkv", ("mlp",)):
+        with pytest.raises(ValueError, match=r"a loss term's sites .* are not some of"):
+            LossTerm(token_kurtosis, sites)
+
+    class Unreduced(Callback):
+        def loss_terms(self, module):
+            return {"unreduced": LossTerm(lambda y: y.square().mean(-1))}
+
+    with pytest.raises(ValueError, match=r"statistic is a scalar, not of shape \(8, 16\)"):
+        trainer([Unreduced()]).fit(lit_module(PLAIN), datamodule=datamodule(corpus))
+    twice = [KurtosisRegularization(), KurtosisRegularization()]
+    with pytest.raises(ValueError, match=r"loss terms of one name, \['kurtosis'\]"):
+        trainer(twice).fit(lit_module(PLAIN), datamodule=datamodule(corpus))

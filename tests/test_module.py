@@ -1,10 +1,7 @@
-"""The module: optimizer groups, schedule, clipping, perplexity, generation; and a killed fit that is resumed.
-
-The last test runs the whole application, callbacks included, through the real command line, with this file's ``Die``
-as one more callback.
-"""
+"""The module: optimizer groups, schedule, clipping, perplexity, generation, what a checkpoint of it holds."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,7 +9,9 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from small_fit import CONTEXT, VOCAB_SIZE, datamodule, lit_module, trainer, write_corpus
+from torch.utils.data import DataLoader
 
+from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.config import QuantConfig
 from lit_actreg.generate import window_start
 
@@ -150,10 +149,32 @@ def test_a_checkpoint_is_of_plain_types_and_brings_its_tokenizer(corpus, tmp_pat
     assert set(checkpoint["hyper_parameters"]) == {"shape", "quant", "vocab_size"}
     read = type(module).load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert (read.shape, read.quant, read.vocab_size) == (module.shape, module.quant, module.vocab_size)
-    started = configured(init_from=tmp_path / "x.ckpt")
+    other = QuantConfig(activations="none")
+    assert type(module).load_from_checkpoint(tmp_path / "x.ckpt", strict=False, quant=other).quant == other
+    started = configured(init_from=str(tmp_path / "x.ckpt"))
     for name, p in module.model.named_parameters():
         assert torch.equal(read.model.get_parameter(name), p)
         assert torch.equal(started.model.get_parameter(name), p)
+
+
+def test_any_batches_of_tokens_will_do(corpus, tmp_path):
+    """A DataLoader of one's own has no tokenizer to go into the checkpoint, and nothing to decode a text with."""
+    module, batches = lit_module(), DataLoader(torch.arange(CONTEXT + 1).repeat(2, 1), batch_size=2)
+    engine = trainer([ClipSchedule()], steps=1)
+    engine.fit(module, batches)
+    engine.save_checkpoint(tmp_path / "x.ckpt")
+    assert "tokenizer_json" not in torch.load(tmp_path / "x.ckpt", weights_only=True)
+    module.new_tokens = 3
+    assert trainer([]).predict(module, batches)[0].shape == (2, CONTEXT + 4)
+
+
+def test_clips_without_a_schedule_are_warned_about(corpus):
+    with pytest.warns(UserWarning, match="clips stay where they are: the callback ClipSchedule"):
+        trainer([], steps=1).fit(lit_module(), datamodule=datamodule(corpus))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="clips stay")
+        trainer([ClipSchedule()], steps=1).fit(lit_module(), datamodule=datamodule(corpus))
+        trainer([], steps=1).fit(lit_module(QuantConfig(activations="none")), datamodule=datamodule(corpus))
 
 
 def test_a_bfloat16_stream_needs_autocast(corpus):

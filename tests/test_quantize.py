@@ -1,6 +1,9 @@
 """The function behind the subcommand: what it reports, how it resumes, what it refuses before any work."""
 
+import importlib.util
 import json
+import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +16,7 @@ from lit_actreg.artifact import read_artifact
 from lit_actreg.config import SITES, QuantConfig
 from lit_actreg.plan import plan_layers, stored_quant_config
 from lit_actreg.quantize import quantize_model
+from lit_actreg.work_folder import described
 
 CALIBRATION = list(text_ids(16).split(4))
 
@@ -65,6 +69,69 @@ def test_unfinished_work_of_another_job_is_refused_and_kept(tmp_path):
     assert (tmp_path / "out.work" / "block_0000.safetensors").exists()
     quantize_model(small_decoder("neox"), DiesAfter(3), CALIBRATION, tmp_path / "out", overwrite=True)
     assert read_artifact(tmp_path / "out").blocks[0].qkv.weight_bits == 3
+
+
+def test_a_mended_quantizer_is_another_one(tmp_path):
+    """Or half of the artifact would have its old codes."""
+    seen = []
+    for line in ("# as first written", "# mended"):
+        (tmp_path / "mine.py").write_text(
+            f"from lit_actreg_plugins.rtn import RTN\nclass Mine(RTN):\n    {line}\n    pass\n"
+        )
+        spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["mine"] = module
+        spec.loader.exec_module(module)
+        seen += [described(module.Mine()), described(module.Mine(3))]
+    del sys.modules["mine"]
+    assert all(seen.count(found) == 1 for found in seen)
+    assert seen[0]["class"] == seen[2]["class"] == "mine.Mine"
+
+
+class Answers(RTN):
+    """RTN, whose answer for the second block's qkv is changed."""
+
+    def __init__(self, change, **options):
+        super().__init__(**options)
+        self._change, self._layers = change, 0
+
+    def quantize_weight(self, weight, hessian):
+        result = super().quantize_weight(weight, hessian)
+        self._layers += 1
+        return replace(result, **self._change(result)) if self._layers == 5 else result
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "fault"),
+    [
+        (lambda r: {"codes": r.codes + 5}, {}, "codes outside -8 to 7"),
+        (lambda r: {"codes": r.codes.int()}, {}, "codes torch.int32 [108, 36], not torch.int8 [108, 36]"),
+        (lambda r: {"codes": r.codes.t()}, {}, "codes torch.int8 [36, 108], not torch.int8 [108, 36]"),
+        (lambda r: {"scale": r.scale.half()}, {}, "scale torch.float16 [108, 1], not torch.float32 [108, 1]"),
+        (lambda r: {"scale": r.scale[:, 0]}, {}, "scale torch.float32 [108], not torch.float32 [108, 1]"),
+        (lambda r: {"scale": r.scale * torch.nan}, {}, "a scale that is not finite"),
+        (lambda r: {"scale": None}, {"group_size": 9}, "scale None, not torch.float32 [108, 4]"),
+        (lambda r: {"bits": 8}, {}, "bits 8, where all layers have the quantizer's 4"),
+        (lambda r: {"zero_point": r.scale.char()}, {}, "zero points given, symmetric is True"),
+        (
+            lambda r: {"zero_point": r.scale},
+            {"symmetric": False},
+            "zero_point torch.float32 [108, 1], not torch.int8 [108, 1]",
+        ),
+    ],
+)
+def test_a_wrong_answer_of_a_quantizer_is_refused(tmp_path, change, options, fault):
+    with pytest.raises(ValueError, match=re.escape(f"blocks.1.qkv: Answers gave {fault}")):
+        quantize_model(small_decoder("neox"), Answers(change, **options), [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    quantize_model(small_decoder("neox"), Answers(lambda r: {}, **options), [], tmp_path / "out", overwrite=True)
+
+
+def test_options_of_a_quantizer_are_plain_values(tmp_path):
+    quantizer = RTN()
+    quantizer.generator = torch.Generator()
+    with pytest.raises(ValueError, match=r"RTN\.generator is a Generator, which no JSON file holds"):
+        quantize_model(small_decoder("neox"), quantizer, [], tmp_path / "out")
 
 
 @pytest.mark.parametrize("style", ["neox", "llama"])

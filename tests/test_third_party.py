@@ -89,6 +89,19 @@ def test_it_quantizes_with_its_options_from_the_command_line(site, checkpoint, t
     assert "PowerOfTwo" in json.dumps(config["lit_actreg"])
 
 
+def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lit_actreg.plugins]\nmine = broken_module:Mine\n")
+    done = run(tmp_path, "--help")
+    assert done.returncode == 2
+    line = (
+        "lit-actreg: plugin mine = broken_module:Mine of the package broken cannot be imported (ModuleNotFoundError: "
+    )
+    assert done.stderr.splitlines()[-1].startswith(line)
+
+
 @pytest.mark.slow
 def test_its_mistakes_are_one_line_too(site, checkpoint):
     options = ["--quantizer=PowerOfTwo", "--quantizer.headroom=-1", "--output=out", f"--ckpt_path={checkpoint}"]

@@ -49,15 +49,13 @@ def test_value_and_gradient_are_the_formulas(kind, dtype):
     torch.testing.assert_close(weight.grad.double(), gradient, rtol=rtol, atol=rtol * gradient.abs().max().item())
 
 
-def test_it_is_off_by_default_and_registered_for_a_fit_only():
-    def terms(stage, **options):
-        module = lit_module()
-        WeightPenalty(**options).setup(None, module, stage)
-        return module.loss_terms
+def test_it_is_off_by_default():
+    def terms(**options):
+        return WeightPenalty(**options).loss_terms(lit_module())
 
-    assert terms("fit") == terms("fit", weight=1.0, sites=[]) == terms("validate", weight=1.0) == {}
-    assert terms("fit", weight=1.0)["weight_penalty"].sites == SITES
-    term = terms("fit", weight=8.0, sites=["qkv", "mlp_in"], warmup_steps=2)["weight_penalty"]
+    assert terms() == terms(weight=1.0, sites=[]) == {}
+    assert terms(weight=1.0)["weight_penalty"].sites == SITES
+    term = terms(weight=8.0, sites=["qkv", "mlp_in"], warmup_steps=2)["weight_penalty"]
     assert [term.coefficient(step) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]  # of 2 blocks × 2 sites
     with pytest.raises(ValueError, match=r"weight_penalty\.weight -1\.0 is negative"):
         WeightPenalty(-1.0)

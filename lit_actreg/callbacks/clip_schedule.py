@@ -74,6 +74,11 @@ class ClipSchedule(Callback):
         self._calibrated_step = -1
         self._bits: int | None = None  # what the quantizers were last told
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, LitLanguageModel)
+        if stage == "fit":
+            pl_module.clips_are_scheduled, self._calibrated_step = True, -1
+
     def state_dict(self) -> dict[str, Any]:
         return {"calibrated_step": self._calibrated_step}
 

@@ -13,7 +13,7 @@ activations into the weights.
 
 from functools import partial
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 
 from lit_actreg.config import SITES, Site
 from lit_actreg.contracts import LossTerm
@@ -49,10 +49,10 @@ class KurtosisRegularization(Callback):
         """λ at an optimizer step: of the step alone, so a resumed run continues it."""
         return self.weight * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Registers the loss term before the model is built."""
-        assert isinstance(pl_module, LitLanguageModel)
-        if stage == "fit" and self.weight > 0 and self.sites:
-            statistic = partial(token_kurtosis, every_nth_token=self.every_nth_token)
-            tap = partial(tap_token_kurtosis, every_nth_token=self.every_nth_token)
-            pl_module.loss_terms["kurtosis"] = LossTerm(statistic, self.sites, self.coefficient, tap)
+    def loss_terms(self, module: LitLanguageModel) -> dict[str, LossTerm]:
+        """See :class:`lit_actreg.contracts.Regularizer`."""
+        if self.weight == 0 or not self.sites:
+            return {}
+        statistic = partial(token_kurtosis, every_nth_token=self.every_nth_token)
+        tap = partial(tap_token_kurtosis, every_nth_token=self.every_nth_token)
+        return {"kurtosis": LossTerm(statistic, self.sites, self.coefficient, tap)}

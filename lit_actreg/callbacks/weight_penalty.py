@@ -18,7 +18,7 @@ Meant with QAT, in the place of output regularization (:mod:`lit_actreg.callback
 
 from typing import Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 
 from lit_actreg.config import SITES, Site
 from lit_actreg.contracts import LossTerm
@@ -54,11 +54,13 @@ class WeightPenalty(Callback):
         """λ at an optimizer step: of the step alone, so a resumed run continues it."""
         return self.weight * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Registers the loss term before the model is built."""
-        assert isinstance(pl_module, LitLanguageModel)
-        if stage == "fit" and self.weight > 0 and self.sites:
-            num_linears = pl_module.shape.num_layers * len(self.sites)  # the term sums over them
-            pl_module.loss_terms["weight_penalty"] = LossTerm(
-                PENALTIES[self.kind], self.sites, lambda step: self.coefficient(step) / num_linears, of="weight"
-            )
+    def loss_terms(self, module: LitLanguageModel) -> dict[str, LossTerm]:
+        """See :class:`lit_actreg.contracts.Regularizer`."""
+        if self.weight == 0 or not self.sites:
+            return {}
+        num_linears = module.shape.num_layers * len(self.sites)  # the term sums over them
+
+        def share(step: int) -> float:
+            return self.coefficient(step) / num_linears
+
+        return {"weight_penalty": LossTerm(PENALTIES[self.kind], self.sites, share, of="weight")}

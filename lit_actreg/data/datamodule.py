@@ -196,6 +196,8 @@ class TextDataModule(LightningDataModule):
         """Opens the packed splits (memory-mapped: nothing is read); `predict` needs none."""
         if stage == "predict":
             return
+        if not self.packed_folder.exists():
+            raise FileNotFoundError(f"{self.packed_folder} does not exist: call prepare_data() before setup()")
         self.blocks = {split: PackedBlocks(self.packed_folder / f"{split}.arrow") for split in SPLITS}
 
     # Batches

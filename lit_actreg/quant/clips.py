@@ -31,7 +31,7 @@ def initial_clips(
     tail: float = 1e-3,
 ) -> tuple[Tensor, Tensor]:
     """Clips c⁻, c⁺ (float32 [1] each) for inputs x [...], of which at most 2¹⁸ evenly spaced values are looked at."""
-    stride = max(1, x.numel() // MAX_SAMPLES)
+    stride = max(1, math.ceil(x.numel() / MAX_SAMPLES))
     while math.gcd(stride, x.shape[-1]) > 1:  # or only a few of the channels would ever be looked at
         stride += 1
     values = x.detach().flatten()[::stride].float()

@@ -9,9 +9,10 @@ of x̂ and δ = (u − round u) / (2^b − 1):
     u ≤ q_min       dx = 0        dc⁻ += g
     between         dx = g        dc⁺ −= δ g      dc⁻ += δ g
 
-An integer zero point is straight-through: the ends of its grid follow the clips one to one. Clip gradients are summed
-row by row first: that is the shape in which the backward passes of the norm and the activation function before a site
-run over the same tensor, so torch.compile makes one kernel of both.
+An integer zero point is straight-through: the ends of its grid follow the clips one to one. (Not where both clips have
+one sign: the grid then ends at zero, and the clip beyond it moves without effect until it is back.) Clip gradients are
+summed row by row first: that is the shape in which the backward passes of the norm and the activation function before a
+site run over the same tensor, so torch.compile makes one kernel of both.
 
 One trap (pytorch#180642, torch 2.11): compiled, a custom function whose result is the alias that a no-op ``.to(dtype)``
 returns gets another output's gradient. Hence the copy in ``forward``; docs/qat-stability.md tells what it cost.
