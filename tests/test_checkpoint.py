@@ -57,6 +57,7 @@ def test_the_newest_two_are_kept(written):
     assert (written / "last.ckpt").resolve().name == "step=7.ckpt"
     assert [path.name for path in newest_first(written)] == ["step=7.ckpt", "step=6.ckpt"]
     assert torch.load(written / "step=6.ckpt", weights_only=True)["global_step"] == 6
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before the fit
 
 
 def test_no_file_is_seen_half_written(corpus, tmp_path, monkeypatch):
@@ -108,7 +109,6 @@ def test_sigterm_before_the_first_batch_is_answered_after_it(corpus, tmp_path, c
                 os.kill(os.getpid(), signal.SIGTERM)
 
     caplog.set_level("INFO")
-    before = signal.getsignal(signal.SIGTERM)
     kept = ResumeCheckpoint()
     for ended in ("first", "second"):
         options = {"logger": False, "enable_checkpointing": True, "default_root_dir": tmp_path / ended}
@@ -117,7 +117,7 @@ def test_sigterm_before_the_first_batch_is_answered_after_it(corpus, tmp_path, c
             engine.fit(lit_module(), datamodule=datamodule(corpus))
         assert exit.value.code == 143
         assert f"{ended}/checkpoints/step=1.ckpt is written" in caplog.text
-        assert signal.getsignal(signal.SIGTERM) == before
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_last_is_found_in_the_run_and_goes_on_from_the_whole_one(corpus, tmp_path, caplog, monkeypatch):

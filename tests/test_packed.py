@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -137,8 +138,12 @@ class Mortal(Encoder):
 def test_a_worker_that_ends_or_fails_ends_the_packing(monkeypatch, encoder, tmp_path, text, error):
     monkeypatch.setattr(packed, "CHARACTERS_PER_TASK", 100)
     documents = datasets.Dataset.from_dict({"text": [*TEXTS[:300], text, *TEXTS[:300]]})
-    with pytest.raises(error):
-        write(documents, Mortal(encoder.tokenizer, 0, encoder.dtype), tmp_path, 2)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(error):
+            write(documents, Mortal(encoder.tokenizer, 0, encoder.dtype), tmp_path, 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Slow(Encoder):

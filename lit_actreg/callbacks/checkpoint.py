@@ -90,7 +90,6 @@ class ResumeCheckpoint(Checkpoint):
             if value < 1:
                 raise ValueError(f"checkpoint.{name} {value} is too small: use 1 or more")
         self.every_n_steps, self.keep = every_n_steps, keep
-        self.preemption = Preemption()
         self._folder = Path()
         self._saved_step = 0
 
@@ -125,9 +124,6 @@ class ResumeCheckpoint(Checkpoint):
         """The last step is worth keeping, whether or not the interval divides it."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save_once(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.preemption.remove()
 
     def _path(self, trainer: Trainer) -> Path:
         return self._folder / f"step={trainer.global_step}.ckpt"

@@ -8,7 +8,8 @@ noted it.
 They agree over a gloo group of their own, from host to host: a tenth of a millisecond on one machine, and the
 accelerator is not waited for. Lightning asks every rank too, but through the accelerator and with ``.item()``, which
 holds the host back until all queued work is done, in every batch; and its handler starts a broadcast of its own in
-the middle of whatever collective is under way. While a fit runs both are replaced.
+the middle of whatever collective is under way. While a fit runs both are replaced; what was there before the fit
+Lightning itself puts back, however it ends.
 """
 
 import signal
@@ -23,22 +24,21 @@ EXIT_STATUS = 128 + signal.SIGTERM  # what a shell reports of a process that SIG
 
 
 class Preemption:
-    """The handler of SIGTERM, between :meth:`install` and :meth:`remove`."""
+    """The handler of SIGTERM of one fit."""
 
     def __init__(self) -> None:
-        self._noted = False
-        self._previous: Any = None
+        self._installed = self._noted = False
         self._group: dist.ProcessGroup | None = None
 
     def install(self, trainer: Trainer) -> None:
         """Takes SIGTERM over from Lightning, once; all ranks take part."""
-        if self._previous is not None or threading.current_thread() is not threading.main_thread():
+        if self._installed or threading.current_thread() is not threading.main_thread():
             return  # Python lets only the main thread handle signals
-        self._noted = False
+        self._installed = True
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        self._previous = signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: Any) -> None:
         self._noted = True
@@ -50,9 +50,3 @@ class Preemption:
         noted = torch.tensor(int(self._noted))
         dist.all_reduce(noted, dist.ReduceOp.MAX, self._group)
         return bool(noted)
-
-    def remove(self) -> None:
-        """Gives SIGTERM back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-        self._previous = self._group = None

@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 from collections import deque
@@ -136,6 +137,7 @@ _encode: Callable[[Batch], list[Piece]]  # in a worker process: what it was star
 def _start_worker(function: Callable[[Batch], list[Piece]]) -> None:
     global _encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker's own threads would only fight the other workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how a broken pool ends the others, whatever the parent does with it
     _encode = function
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
