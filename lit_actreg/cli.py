@@ -94,8 +94,14 @@ class ActRegCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """`--ckpt_path last` is the newest whole checkpoint of the run: of this version, else of any."""
+        """Refuses what the Trainer would after hours of packing, and finds `--ckpt_path last`.
+
+        That is the newest whole checkpoint of the run: of this version, else of any.
+        """
+        self.model.check(self.trainer)
         options = self.config_init["fit"]
+        if options.get("ckpt_path") == "best":
+            raise ValueError('ckpt_path "best": a fit keeps its newest checkpoints, so name one, or "last"')
         if options.get("ckpt_path") == "last" and not Path("last").exists():
             folder = run_folder(self.trainer)
             versions = [folder] if (folder / "checkpoints").is_dir() else sorted(folder.parent.glob("*"))
@@ -137,7 +143,7 @@ class ActRegCLI(LightningCLI):
         options = self.config[subcommand]
         several, path, begun_from = options.get("checkpoints"), options.get("ckpt_path"), options.model.init_from
         if subcommand == "fit":
-            # "last", "best" are no paths: the Trainer finds the file
+            # "last" is no path: before_fit finds the file
             if path and (Path(path).exists() or Path(path).suffix == ".ckpt"):
                 path = options.ckpt_path = str(whole_or_before(Path(path)))
                 folder = read_checkpoint_info(Path(path), Path(options.data.cache_dir)).folder

@@ -150,6 +150,14 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "warmup_steps", "weight_decay", "eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} {getattr(self, name)} is negative: use 0 or more")
+        for name, most in {"min_lr_ratio": 1.0, "beta1": 0.9999999, "beta2": 0.9999999}.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"optim.{name} {getattr(self, name)} is out of range: choose a share from 0 to 1")
+
 
 def as_plain(config: Any) -> dict[str, Any]:
     """A dataclass as plain values, for checkpoints, which must load with ``weights_only``."""

@@ -89,14 +89,23 @@ class LitLanguageModel(LightningModule):
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.cross_entropy = next_token_loss
 
-    def setup(self, stage: str) -> None:
-        if self.trainer.accumulate_grad_batches < 1:
-            raise ValueError(f"trainer.accumulate_grad_batches {self.trainer.accumulate_grad_batches}: use 1 or more")
-        if stage == "fit" and self.bfloat16_stream and self.trainer.precision != "bf16-mixed":
-            precision = self.trainer.precision
+    def check(self, trainer: Any) -> None:
+        """Raises ValueError where the Trainer's options and this module's make no fit."""
+        if self.bfloat16_stream and trainer.precision != "bf16-mixed":
+            precision = trainer.precision
             raise ValueError(
                 f"model.bfloat16_stream does nothing at trainer.precision {precision}: set that to bf16-mixed"
             )
+        if trainer.accumulate_grad_batches < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: use 1 or more")
+        if (trainer.gradient_clip_val or 0) < 0:
+            raise ValueError(f"trainer.gradient_clip_val {trainer.gradient_clip_val}: use 0 (no clipping) or more")
+        if not self.optim.decay_steps and trainer.max_steps <= 0:
+            raise ValueError("the cosine schedule has no end: set trainer.max_steps or optim.decay_steps")
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.check(self.trainer)
 
     def configure_model(self) -> None:
         """Builds the decoder once, new or from a folder; then :mod:`lit_actreg.parallel`."""
@@ -265,8 +274,6 @@ class LitLanguageModel(LightningModule):
         """Learning rate at an optimizer step over its peak: linear warm-up, then a cosine down to min_lr_ratio."""
         o = self.optim
         end = o.decay_steps or self.trainer.max_steps
-        if end <= 0:
-            raise ValueError("the cosine schedule has no end: set trainer.max_steps or optim.decay_steps")
         if step < o.warmup_steps:
             return (step + 1) / o.warmup_steps
         progress = min(1.0, (step - o.warmup_steps) / max(1, end - o.warmup_steps))

@@ -56,6 +56,8 @@ class ActRegTrainer(Trainer):
             dry_run: Print layers, groups, kernels, memory and expected time, refuse what cannot work, write nothing.
         """
         assert isinstance(model, LitLanguageModel)
+        if not self.is_global_zero:
+            return  # one process does it all
         if model.init_from is not None and is_artifact(model.init_from):
             raise ValueError(f"{model.init_from} is quantized already: name the .ckpt file that it was made from")
         from_huggingface = model.init_from is not None and model.init_from.is_dir() and not is_sharded(model.init_from)

@@ -20,6 +20,7 @@ from lit_actreg.checkpoint import load_decoder
 from lit_actreg.cli import main
 from lit_actreg.config import as_plain
 from lit_actreg.huggingface import huggingface_config, to_huggingface
+from lit_actreg.trainer import ActRegTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NORM = "model.norm.weight"
@@ -76,7 +77,13 @@ def written() -> list[Path]:
         ("fit --trainer.devices 0", "devices"),
         ("fit --data.batch_size many", 'Parser key "data.batch_size": Expected a <class .int.>. Got value: many'),
         ("fit --data.context 0", r"data\.context 0 is too small: use 1 or more"),
-        ("fit --data.source missing.txt", "'missing.txt' does not exist: name a file"),
+        ("fit --data.source missing.txt", "the cosine schedule has no end: set trainer.max_steps or optim.decay_steps"),
+        ("fit --optim.beta1 1.5 --trainer.max_steps 1", "optim.beta1 1.5 is out of range"),
+        ("fit --optim.warmup_steps -5 --trainer.max_steps 1", "optim.warmup_steps -5 is negative"),
+        ("fit --data.seed -1 --trainer.max_steps 1", "data.seed -1 is too small: use 0 or more"),
+        ("fit --trainer.gradient_clip_val -1 --trainer.max_steps 1", "trainer.gradient_clip_val -1: use 0"),
+        ("fit --ckpt_path best --trainer.max_steps 1", 'ckpt_path "best": a fit keeps its newest checkpoints'),
+        ("fit --data.source missing.txt --trainer.max_steps 1", "'missing.txt' does not exist: name a file"),
         ("fit --model.shape.width 33", "width 33 does not split into 4 heads"),
         ("fit --model.shape.style gpt", r'"model\.shape\.style": Expected .*neox.*Got value: gpt'),
         ("fit --model.quant.activation_bits 9", "activation_bits 9 is out of range: choose 2 to 8"),
@@ -120,7 +127,9 @@ def test_an_unknown_key_in_a_file(capsys):
 
 def test_a_corpus_shorter_than_a_block(tmp_path, capsys):
     write_corpus(tmp_path / "corpus", 3, 5)
-    line = mistake(capsys, f"fit --data.source corpus --data.vocab_size 300 --data.context 4096 {QUIET}")
+    line = mistake(
+        capsys, f"fit --data.source corpus --data.vocab_size 300 --data.context 4096 --trainer.max_steps 1 {QUIET}"
+    )
     assert "is shorter than one block of 4097 tokens: give more text or a smaller data.context" in line
     assert all(path.parts[0] == "corpus" for path in written())
 
@@ -274,6 +283,14 @@ def test_fit_quantize_validate_is_what_the_fixture_ran(made, capsys):
     where = f"--data.source={made['corpus']} --data.cache_dir={made['folder']}/cache --data.valid_share=0.1"
     main(shlex.split(f"validate --ckpt_path={made['artifact']} {where} --data.context={CONTEXT} {QUIET}"))
     assert "val/perplexity" in capsys.readouterr().out
+
+
+def test_one_process_of_several_quantizes(made, monkeypatch, tmp_path):
+    """torchrun starts the command on every rank."""
+    monkeypatch.setattr(ActRegTrainer, "is_global_zero", False)
+    where = f"--data.cache_dir={made['folder']}/cache --output={tmp_path}/out"
+    main(shlex.split(f"quantize --quantizer=RTN --ckpt_path={made['checkpoint']} {where} {QUIET}"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 import sys
 from pathlib import Path
 
@@ -193,3 +194,18 @@ def test_bad_sources_say_so_in_one_line(tmp_path, make, source, error, says):
 def test_malformed_hub_name():
     with pytest.raises(ValueError, match="not of the form hub:NAME"):
         parse_source("hub:a b")
+
+
+def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open.txt").write_text("text")
+    scandir = os.scandir
+
+    def refused(path):
+        if Path(path).name == "closed":  # root may read all
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match=r"Permission denied.*closed"):
+        parse_source(str(tmp_path))

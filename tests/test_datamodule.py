@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import time
 from pathlib import Path
@@ -221,3 +222,13 @@ def test_sotu_end_to_end(tmp_path):
     assert " the " in text
     assert 100 < module.unigram_perplexity() < 1500
     assert np.count_nonzero(module.train_token_counts) > 1800
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "train_counts.npy"])
+@pytest.mark.parametrize("length", [0, 200])
+def test_a_damaged_cache_is_named(corpus, tmp_path, name, length):
+    data = datamodule(corpus, cache_dir=str(tmp_path))
+    data.prepare_data()
+    os.truncate(data.packed_folder / name, length)
+    with pytest.raises(ValueError, match=r"/packed-\w+ is damaged \(.*\): delete it, and it is made again"):
+        (data.setup("fit"), data.train_token_counts)

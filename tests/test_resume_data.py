@@ -153,3 +153,5 @@ def test_resume_with_other_batches_is_an_error(corpus, tmp_path):
         fit(corpus, datamodule(corpus, batch_size=16), tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"seed 0 → 1"):
         fit(corpus, datamodule(corpus, seed=1), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"batches a step 1 → 3.*resume with"):  # or some would be seen twice
+        fit(corpus, resume_from=tmp_path / "x.ckpt", accumulate=3)

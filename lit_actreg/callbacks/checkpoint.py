@@ -38,7 +38,13 @@ class PlainFile(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, path)
+        try:
+            torch.save(checkpoint, path)
+        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of the zip file's writer
+            remove(Path(path))
+            free = shutil.disk_usage(Path(path).parent).free
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} cannot be written ({reason}); its disk has {free / 2**20:.0f} MiB free") from error
 
 
 def run_folder(trainer: Trainer) -> Path:

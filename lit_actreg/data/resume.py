@@ -11,7 +11,7 @@ A checkpoint written inside an accumulation window (by time, on SIGTERM, on an e
 so far. :func:`rewind` sets the restored counters back to the window's first batch.
 
 The loader's own ``state_dict`` holds what the order of batches depends on beside the counters, so that resuming with
-other data or another batch size is an error rather than a silent change of course.
+other data, another batch size or window is an error rather than a silent change of course.
 """
 
 import time
@@ -78,9 +78,10 @@ class ResumableLoader(DataLoader[Tensor]):
         return dict(self.order)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        changed = [f"{name} {state[name]} → {value}" for name, value in self.order.items() if state.get(name) != value]
+        changed = [f"{name} {state[name]} → {value}" for name, value in self.order.items() if state[name] != value]
         if changed:
             raise ValueError(
                 f"the checkpoint was trained on other batches ({', '.join(changed)}): "
-                "resume with the data, data.batch_size × devices and data.seed it was written with"
+                "resume with the data, data.batch_size × devices, trainer.accumulate_grad_batches and data.seed it was "
+                "written with"
             )
