@@ -29,6 +29,7 @@ class Preemption:
     def __init__(self) -> None:
         self._installed = self._noted = False
         self._group: dist.ProcessGroup | None = None
+        self._flag = torch.zeros((), dtype=torch.int64)  # one for all steps: gloo's thread may hold it past the wait
 
     def install(self, trainer: Trainer) -> None:
         """Takes SIGTERM over from Lightning, once; all ranks take part."""
@@ -47,6 +48,6 @@ class Preemption:
         """Whether any rank has received SIGTERM; all ranks must ask."""
         if self._group is None:
             return self._noted
-        noted = torch.tensor(int(self._noted))
-        dist.all_reduce(noted, dist.ReduceOp.MAX, self._group)
-        return bool(noted)
+        self._flag.fill_(self._noted)
+        dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group)
+        return bool(self._flag)
