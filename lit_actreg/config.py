@@ -154,9 +154,11 @@ class OptimConfig:
         for name in ("lr", "warmup_steps", "weight_decay", "eps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optim.{name} {getattr(self, name)} is negative: use 0 or more")
-        for name, most in {"min_lr_ratio": 1.0, "beta1": 0.9999999, "beta2": 0.9999999}.items():
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"optim.{name} {getattr(self, name)} is out of range: choose a share from 0 to 1")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"optim.min_lr_ratio {self.min_lr_ratio} is out of range: choose 0 to 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} {getattr(self, name)} is out of range: choose 0 to below 1")
 
 
 def as_plain(config: Any) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class ResumableLoader(DataLoader[Tensor]):
         return dict(self.order)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        changed = [f"{name} {state[name]} → {value}" for name, value in self.order.items() if state[name] != value]
+        known = {name: value for name, value in self.order.items() if name in state}  # older ones say less
+        changed = [f"{name} {state[name]} → {value}" for name, value in known.items() if state[name] != value]
         if changed:
             raise ValueError(
                 f"the checkpoint was trained on other batches ({', '.join(changed)}): "
