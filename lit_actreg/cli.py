@@ -6,6 +6,7 @@ their classes can be named: ``--quantizer GPTQ``. A user's mistake ends with one
 LIT_ACTREG_TRACEBACK=1 shows where it was noticed.
 """
 
+import math
 import os
 import sys
 from importlib.metadata import entry_points
@@ -108,9 +109,17 @@ class ActRegCLI(LightningCLI):
             found = last_checkpoint([version / "checkpoints" for version in versions])
             options["ckpt_path"] = str(found) if found else None
             rank_zero_info(f"--ckpt_path last is {found}" if found else f"{folder} has no checkpoint yet: a new fit")
-        path = options.get("ckpt_path")
-        if path and is_sharded(Path(path)) and not isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise ValueError(f"{path} is in shards: resume it with trainer.strategy ModelParallelStrategy")
+        path, strategy = options.get("ckpt_path"), self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy):
+            if path and is_sharded(Path(path)):
+                raise ValueError(f"{path} is in shards: resume it with trainer.strategy ModelParallelStrategy")
+            return
+        sizes, num_ranks = (strategy._data_parallel_size, strategy._tensor_parallel_size), self.trainer.world_size
+        if "auto" not in sizes and math.prod(sizes) != num_ranks:
+            raise ValueError(
+                f"trainer.strategy has data_parallel_size × tensor_parallel_size {sizes[0]} × {sizes[1]}, which is not "
+                f"trainer.devices × num_nodes, {num_ranks}: make them equal"
+            )
 
     def after_fit(self) -> None:
         """The last word of a fit is the perplexity of its last weights, wherever the validation interval fell."""

@@ -82,6 +82,11 @@ def written() -> list[Path]:
         ("fit --optim.warmup_steps -5 --trainer.max_steps 1", "optim.warmup_steps -5 is negative"),
         ("fit --data.seed -1 --trainer.max_steps 1", "data.seed -1 is too small: use 0 or more"),
         ("fit --trainer.gradient_clip_val -1 --trainer.max_steps 1", "trainer.gradient_clip_val -1: use 0"),
+        (
+            f"fit {QUIET} --trainer.max_steps 1 --trainer.strategy ModelParallelStrategy "
+            "--trainer.strategy.data_parallel_size 2 --trainer.strategy.tensor_parallel_size 1",
+            "size × tensor_parallel_size 2 × 1, which is not trainer.devices × num_nodes, 1: make them equal",
+        ),
         ("fit --ckpt_path best --trainer.max_steps 1", 'ckpt_path "best": a fit keeps its newest checkpoints'),
         ("fit --data.source missing.txt --trainer.max_steps 1", "'missing.txt' does not exist: name a file"),
         ("fit --model.shape.width 33", "width 33 does not split into 4 heads"),
