@@ -154,6 +154,8 @@ class OptimConfig:
         for name in ("lr", "warmup_steps", "weight_decay", "eps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optim.{name} {getattr(self, name)} is negative: use 0 or more")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(f"optim.decay_steps {self.decay_steps} is too small: use 1 or more, or null")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optim.min_lr_ratio {self.min_lr_ratio} is out of range: choose 0 to 1")
         for name in ("beta1", "beta2"):

@@ -67,13 +67,9 @@ class LossTerm:
 
     def look_at(self, y: Tensor, weight: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
         """The y to go on with, and the statistic."""
-        if self.of == "output" and self.tap is not None:
-            y, statistic = self.tap(y, kept)
-        else:
-            statistic = self.statistic(weight if self.of == "weight" else y)
-        if statistic.dim() > 0:
-            raise ValueError(f"a loss term's statistic is a scalar, not of shape {tuple(statistic.shape)}")
-        return y, statistic
+        if self.of == "weight":
+            return y, self.statistic(weight)
+        return (y, self.statistic(y)) if self.tap is None else self.tap(y, kept)
 
 
 @runtime_checkable

@@ -149,7 +149,7 @@ class Decoder(nn.Module):
                     nn.init.zeros_(linear.bias)
 
     def set_loss_terms(self, terms: tuple[LossTerm, ...]) -> None:
-        """Chooses the statistics that every block returns; to be called before compilation."""
+        """Chooses the statistics that every block returns; a block already compiled is compiled anew."""
         for block in self.blocks:
             assert isinstance(block, Block)
             block.loss_terms = terms

@@ -3,7 +3,8 @@
     loss = cross-entropy + Σ over loss terms of coefficient(step) · Σ over blocks and sites of statistic
 
 When a fit starts, the Trainer's callbacks are asked for their loss terms (:class:`lit_actreg.contracts.Regularizer`),
-and the blocks are told which statistics to return, before any of them is compiled: that happens when it first runs.
+and the blocks are told which statistics to return. A block is compiled when it first runs, so only once unless the
+module has been validated before, or is fitted again with other terms.
 """
 
 import math
@@ -142,6 +143,7 @@ class LitLanguageModel(LightningModule):
         self.model.set_loss_terms(tuple(self.loss_terms.values()))
         if self.quant.clipped_sites and not self.clips_are_scheduled:
             rank_zero_warn("clips stay where they are: the callback ClipSchedule calibrates them and lets them learn")
+        self.clips_are_scheduled = False  # as far as the next fit knows
 
     # Steps
 
@@ -153,6 +155,8 @@ class LitLanguageModel(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         hidden, statistics = self.model(batch[:, :-1])
+        if statistics.dim() != 2:
+            raise ValueError(f"a loss term's statistic is a scalar, not of shape {tuple(statistics.shape[2:])}")
         cross_entropy = self.cross_entropy(self.model.head, hidden, batch[:, 1:])
         loss, column = cross_entropy, 0
         for name, term in self.loss_terms.items():

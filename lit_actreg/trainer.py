@@ -1,5 +1,6 @@
 """The Trainer with our subcommands: the signatures of ``quantize`` and ``table`` *are* their command lines."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from lit_actreg.module import LitLanguageModel
 from lit_actreg.quant.clips import ClipMethod
 from lit_actreg.quantize import quantize_model
 from lit_actreg.table import fill_table, plain, write_table
+
+
+def another_process_does_it() -> bool:
+    """Whether torchrun or SLURM has started this command on several ranks, and this is not the first."""
+    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "SLURM_PROCID"))
 
 
 class ActRegTrainer(Trainer):
@@ -56,8 +62,8 @@ class ActRegTrainer(Trainer):
             dry_run: Print layers, groups, kernels, memory and expected time, refuse what cannot work, write nothing.
         """
         assert isinstance(model, LitLanguageModel)
-        if not self.is_global_zero:
-            return  # one process does it all
+        if another_process_does_it():
+            return
         if model.init_from is not None and is_artifact(model.init_from):
             raise ValueError(f"{model.init_from} is quantized already: name the .ckpt file that it was made from")
         from_huggingface = model.init_from is not None and model.init_from.is_dir() and not is_sharded(model.init_from)
@@ -115,6 +121,8 @@ class ActRegTrainer(Trainer):
             output: Folder of the artifacts, of table.csv and table.png; what it already holds is not computed again.
             calibration_tokens: Tokens of the training text that calibration sees.
         """
+        if another_process_does_it():
+            return
         assert isinstance(datamodule, TextDataModule)
         datamodule.prepare_data()
         datamodule.setup("table")

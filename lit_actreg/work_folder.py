@@ -4,6 +4,7 @@ Every file is written beside its place and renamed, so that a block is there who
 was killed. The folder remembers the fingerprint of the job, and refuses any other.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -26,13 +27,16 @@ from lit_actreg.model import Decoder
 
 
 def described(quantizer: Quantizer) -> dict[str, Any]:
-    """A quantizer's class, options and a hash of the file that defines it: who mends his method wants new codes."""
-    kind = type(quantizer)
-    try:
-        code = hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
-    except (OSError, TypeError):  # from a notebook, for one
-        code = ""
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "code": code, **quantizer.options()}
+    """A quantizer's class, options, and a hash of the files of it and its bases: who mends one wants new codes.
+
+    Of other files that they use nothing is known.
+    """
+    kind, code = type(quantizer), hashlib.sha256()
+    for base in kind.__mro__[: kind.__mro__.index(Quantizer)]:
+        with contextlib.suppress(OSError, TypeError):  # from a notebook, for one
+            code.update(Path(inspect.getfile(base)).read_bytes())
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return {"class": name, "code": code.hexdigest(), "options": quantizer.options()}
 
 
 def fingerprint(model: Decoder, quant: QuantConfig, settings: dict[str, Any], calibration: Sequence[Tensor]) -> str:

@@ -62,6 +62,7 @@ class PostFitQuantization(Callback):
         with torch.device("meta"):
             model = Decoder(pl_module.shape, pl_module.quant, pl_module.vocab_size)
         plan_layers(model, self.quantizer, quant)
+        self.quantizer.options()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

@@ -20,7 +20,6 @@ from lit_actreg.checkpoint import load_decoder
 from lit_actreg.cli import main
 from lit_actreg.config import as_plain
 from lit_actreg.huggingface import huggingface_config, to_huggingface
-from lit_actreg.trainer import ActRegTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NORM = "model.norm.weight"
@@ -79,6 +78,7 @@ def written() -> list[Path]:
         ("fit --data.context 0", r"data\.context 0 is too small: use 1 or more"),
         ("fit --data.source missing.txt", "the cosine schedule has no end: set trainer.max_steps or optim.decay_steps"),
         ("fit --optim.beta1 1.5 --trainer.max_steps 1", "optim.beta1 1.5 is out of range"),
+        ("fit --optim.decay_steps -5", "optim.decay_steps -5 is too small: use 1 or more, or null"),
         ("fit --optim.warmup_steps -5 --trainer.max_steps 1", "optim.warmup_steps -5 is negative"),
         ("fit --data.seed -1 --trainer.max_steps 1", "data.seed -1 is too small: use 0 or more"),
         ("fit --trainer.gradient_clip_val -1 --trainer.max_steps 1", "trainer.gradient_clip_val -1: use 0"),
@@ -292,7 +292,7 @@ def test_fit_quantize_validate_is_what_the_fixture_ran(made, capsys):
 
 def test_one_process_of_several_quantizes(made, monkeypatch, tmp_path):
     """torchrun starts the command on every rank."""
-    monkeypatch.setattr(ActRegTrainer, "is_global_zero", False)
+    monkeypatch.setenv("RANK", "1")
     where = f"--data.cache_dir={made['folder']}/cache --output={tmp_path}/out"
     main(shlex.split(f"quantize --quantizer=RTN --ckpt_path={made['checkpoint']} {where} {QUIET}"))
     assert not (tmp_path / "out").exists()

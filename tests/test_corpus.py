@@ -207,5 +207,7 @@ def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(PermissionError, match=r"Permission denied.*closed"):
+    with pytest.raises(
+        ValueError, match=r"closed' cannot be read \(Permission denied\): make it readable, or name a glob"
+    ):
         parse_source(str(tmp_path))

@@ -124,8 +124,9 @@ def test_what_is_no_loss_term_is_refused(corpus):
         def loss_terms(self, module):
             return {"unreduced": LossTerm(lambda y: y.square().mean(-1))}
 
-    with pytest.raises(ValueError, match=r"statistic is a scalar, not of shape \(8, 16\)"):
-        trainer([Unreduced()]).fit(lit_module(PLAIN), datamodule=datamodule(corpus))
+    for compiled in (False, True):
+        with pytest.raises(ValueError, match=r"statistic is a scalar, not of shape \(8, 16\)"):
+            trainer([Unreduced()]).fit(lit_module(PLAIN, compile=compiled), datamodule=datamodule(corpus))
     twice = [KurtosisRegularization(), KurtosisRegularization()]
     with pytest.raises(ValueError, match=r"loss terms of one name, \['kurtosis'\]"):
         trainer(twice).fit(lit_module(PLAIN), datamodule=datamodule(corpus))

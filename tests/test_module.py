@@ -172,8 +172,11 @@ def test_clips_without_a_schedule_are_warned_about(corpus):
         trainer([], steps=1).fit(lit_module(), datamodule=datamodule(corpus))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="clips stay")
-        trainer([ClipSchedule()], steps=1).fit(lit_module(), datamodule=datamodule(corpus))
+        scheduled = lit_module()
+        trainer([ClipSchedule()], steps=1).fit(scheduled, datamodule=datamodule(corpus))
         trainer([], steps=1).fit(lit_module(QuantConfig(activations="none")), datamodule=datamodule(corpus))
+    with pytest.warns(UserWarning, match="clips stay"):
+        trainer([], steps=1).fit(scheduled, datamodule=datamodule(corpus))
 
 
 def test_a_bfloat16_stream_needs_autocast(corpus):

@@ -40,10 +40,11 @@ class PlainFile(TorchCheckpointIO):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.save(checkpoint, path)
-        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of the zip file's writer
-            remove(Path(path))
-            free = shutil.disk_usage(Path(path).parent).free
-            reason = str(error).splitlines()[0]
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            if "inline_container" not in reason and "iostream" not in reason:
+                raise
+            free = shutil.disk_usage(Path(path).parent).free  # a full disk fails so in the zip file's writer
             raise OSError(f"{path} cannot be written ({reason}); its disk has {free / 2**20:.0f} MiB free") from error
 
 
@@ -147,7 +148,11 @@ class ResumeCheckpoint(Checkpoint):
             for left_over in self._folder.glob(".step=*.part"):
                 remove(left_over)
         trainer.strategy.barrier("room for the checkpoint")
-        trainer.save_checkpoint(beside)
+        try:
+            trainer.save_checkpoint(beside)
+        except OSError:
+            remove(beside)
+            raise
         if trainer.is_global_zero:
             put_in_place(beside, path)
             link = self._folder / ".last"

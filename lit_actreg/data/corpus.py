@@ -63,7 +63,7 @@ class Source:
 
 
 def _refuse(error: OSError) -> None:
-    raise error
+    raise ValueError(f"source {error.filename!r} cannot be read ({error.strerror}): make it readable, or name a glob")
 
 
 def parse_source(text: str) -> Source:

@@ -11,6 +11,7 @@ for, in sight, is deleted with them, and does not fill a home directory, which o
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import math
@@ -314,6 +315,8 @@ class TextDataModule(LightningDataModule):
         try:
             yield
         except (OSError, ValueError, EOFError) as error:
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):  # not the file's fault
+                raise
             raise ValueError(f"{self.packed_folder} is damaged ({error}): delete it, and it is made again") from error
 
     def calibration_batches(self, num_tokens: int, seed: int) -> Iterator[Tensor]:
