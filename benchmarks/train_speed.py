@@ -73,7 +73,7 @@ class Variant:
 
     def apply(self, model: Decoder) -> None:
         grids = LLAMA_GRIDS if model.config.style == "llama" else {}
-        model.set_activations(QuantConfig(activations=self.activations, **grids))  # type: ignore[arg-type]
+        model.set_activations(QuantConfig(activations=self.activations, **grids))
         model.set_fused(self.fused)
         model.set_loss_terms((KURTOSIS,) if self.kurtosis else ())
 
@@ -113,7 +113,7 @@ class Trainee:
         self.calibrate()
         if device == "cuda":
             compile_blocks(self.model)
-            self.loss = torch.compile(next_token_loss)  # type: ignore[assignment]
+            self.loss = torch.compile(next_token_loss)
 
     @torch.no_grad()
     def calibrate(self) -> None:

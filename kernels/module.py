@@ -89,7 +89,7 @@ class Int4Linear(nn.Module):
             "act_zero_point", None if act_zero_point is None else act_zero_point.detach().float().reshape(1)
         )
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse: bool = True):
         """Moves between devices, but keeps every buffer's dtype (what ``.to(torch.bfloat16)`` would narrow)."""
         before = {name: buffer for name, buffer in self.named_buffers()}
         super()._apply(fn, recurse)

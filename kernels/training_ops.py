@@ -334,4 +334,4 @@ def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> 
     """
     if y.dtype not in FLOAT_DTYPES and (y.dtype != torch.float64 or y.is_cuda):
         raise ValueError(f"y is {y.dtype}: cast it to float32, bfloat16 or float16")
-    return _TokenKurtosis.apply(y, keep, first, step, eps)  # type: ignore[no-any-return]
+    return _TokenKurtosis.apply(y, keep, first, step, eps)

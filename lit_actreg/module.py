@@ -128,7 +128,7 @@ class LitLanguageModel(LightningModule):
             checkpoint_blocks(self.model)
         if self.compile_model:
             compile_blocks(self.model)
-            self.cross_entropy = torch.compile(next_token_loss)  # type: ignore[assignment]
+            self.cross_entropy = torch.compile(next_token_loss)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
 

@@ -21,8 +21,11 @@ from lit_actreg.table import fill_table, plain, write_table
 
 
 def another_process_does_it() -> bool:
-    """Whether torchrun or SLURM has started this command on several ranks, and this is not the first."""
-    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "SLURM_PROCID"))
+    """Whether torchrun or SLURM has started this command on several ranks and this is not the first; it says so."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    if rank != "0":
+        print(f"rank {rank} of the launcher has nothing to do: rank 0 does it all")
+    return rank != "0"
 
 
 class ActRegTrainer(Trainer):

@@ -24,6 +24,12 @@ from lit_actreg.plan import plan_layers, stored_quant_config
 from lit_actreg.quantize import quantize_model
 
 
+def text_of(trainer: Trainer) -> TextDataModule | None:
+    """What the fit is trained on, if it is text of ours."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return data if isinstance(data, TextDataModule) else None
+
+
 class PostFitQuantization(Callback):
     """Writes a quantized checkpoint when the fit ends.
 
@@ -55,7 +61,7 @@ class PostFitQuantization(Callback):
             raise ValueError(
                 "PostFitQuantization cannot gather a sharded model: run `lit-actreg quantize` on its checkpoint instead"
             )
-        if self.quantizer.needs_hessian and not isinstance(trainer.datamodule, TextDataModule):  # type: ignore
+        if self.quantizer.needs_hessian and text_of(trainer) is None:
             raise ValueError(f"{type(self.quantizer).__name__} calibrates on text: fit with a TextDataModule")
         assert isinstance(pl_module, LitLanguageModel)
         quant, _ = stored_quant_config(pl_module.quant, round_zero_point=False, format="auto", calibrate=None)
@@ -67,16 +73,15 @@ class PostFitQuantization(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        model, data = pl_module.model, trainer.datamodule  # type: ignore[attr-defined]
+        model, data = pl_module.model, text_of(trainer)
         assert isinstance(model, Decoder)
-        text = isinstance(data, TextDataModule)
         with torch.no_grad():
             quantize_model(
                 model,
                 self.quantizer,
-                data.calibration_batches(self.calibration_tokens, self.seed) if text else (),
+                data.calibration_batches(self.calibration_tokens, self.seed) if data else (),
                 self.output,
-                data.tokenizer_path if text else None,
+                data.tokenizer_path if data else None,
                 device=pl_module.device,
                 overwrite=self.overwrite,
             )

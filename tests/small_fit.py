@@ -40,7 +40,7 @@ def datamodule(corpus: Path, **options: Any) -> TextDataModule:
 
 def lit_module(quant: QuantConfig | None = None, lr: float = 1e-2, style: str = "neox", **options: Any):
     """The schedule ends at step 20 whatever max_steps is, so that a short fit is the start of a long one."""
-    shape = ModelConfig(style=style, num_layers=2, width=32, num_heads=2, context=CONTEXT)  # type: ignore[arg-type]
+    shape = ModelConfig(style=style, num_layers=2, width=32, num_heads=2, context=CONTEXT)
     seed_everything(1, verbose=False)
     return LitLanguageModel(shape, quant, OptimConfig(lr=lr, warmup_steps=3, decay_steps=20), VOCAB_SIZE, **options)
 

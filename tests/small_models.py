@@ -18,7 +18,7 @@ VOCAB_SIZE = 256
 def small_decoder(style: str, quant: QuantConfig | None = None, tie: bool = True, layers: int = 2) -> Decoder:
     generator = torch.Generator().manual_seed(11)
     config = ModelConfig(
-        style=style,  # type: ignore[arg-type]
+        style=style,
         num_layers=layers,
         width=36,
         num_heads=6,

@@ -290,12 +290,13 @@ def test_fit_quantize_validate_is_what_the_fixture_ran(made, capsys):
     assert "val/perplexity" in capsys.readouterr().out
 
 
-def test_one_process_of_several_quantizes(made, monkeypatch, tmp_path):
+def test_one_process_of_several_quantizes(made, monkeypatch, tmp_path, capsys):
     """torchrun starts the command on every rank."""
     monkeypatch.setenv("RANK", "1")
     where = f"--data.cache_dir={made['folder']}/cache --output={tmp_path}/out"
     main(shlex.split(f"quantize --quantizer=RTN --ckpt_path={made['checkpoint']} {where} {QUIET}"))
     assert not (tmp_path / "out").exists()
+    assert "rank 1 of the launcher has nothing to do: rank 0 does it all" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS)

@@ -1,5 +1,6 @@
 """Clips start where calibration puts them and move as the schedule says, by the global step, resumed or not."""
 
+import functools
 import warnings
 from dataclasses import replace
 
@@ -129,13 +130,16 @@ def test_calibration_puts_the_clips_where_the_method_says_at_its_steps_only(corp
     class Inputs(Callback):
         """The inputs of the batch that calibration is to see, before it does."""
 
+        def note(self, name, module, args):
+            seen[name] = args[0].detach()
+
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 2:
                 hooks = []
                 for name, m in pl_module.model.named_modules():
                     if name.endswith("input_quantizer"):
-                        hook = lambda m, args, name=name: seen.update({name: args[0].detach()})  # noqa: E731
-                        hooks.append(m.register_forward_pre_hook(hook))
+                        note = functools.partial(self.note, name)
+                        hooks.append(m.register_forward_pre_hook(note))
                 with torch.no_grad():
                     pl_module.model(batch[:, :-1])
                 for hook in hooks:

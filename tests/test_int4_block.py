@@ -96,8 +96,9 @@ def test_triton_gives_the_references_logits(folder, monkeypatch):
     model, ids = served(folder), text_ids(2, 5)
     expected, decoded = model.logits(model(ids)[0]), generate(model, ids, 3)
     if not torch.cuda.is_available():
-        module_of = lambda x, name: importlib.import_module(f"lit_actreg_kernels.{name}")  # noqa: E731
-        monkeypatch.setattr(ops, "_implementation", module_of)
+        monkeypatch.setattr(
+            ops, "_implementation", lambda x, name: importlib.import_module(f"lit_actreg_kernels.{name}")
+        )
     model, ids = model.to(DEVICE), ids.to(DEVICE)
     found = model.logits(model(ids)[0]).cpu()
     # The same integers; epilogues and norms differ in last bits, and a code that flips moves all of its token's logits.

@@ -208,7 +208,7 @@ def main(corpus: Path, output: Path) -> None:
     adamw, moved = torch.optim.AdamW, {}
     for strategy in ("ddp", "fsdp2"):
         for fused in (False, True):
-            torch.optim.AdamW = lambda groups, f=fused, **o: adamw(groups, **(o | {"fused": f}))  # type: ignore
+            torch.optim.AdamW = lambda groups, f=fused, **o: adamw(groups, **(o | {"fused": f}))
             mesh = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
             spoil = Spoil(SPOILS["nan"] if int(os.environ["RANK"]) == 1 else 1.0)
             fit(corpus, guard("nan", "skip"), spoil, strategy=mesh if strategy == "fsdp2" else "ddp", devices=2)

@@ -42,7 +42,7 @@ def checkpoint(path: Path, activations: str, bits: int = 4, tokenizer: str = "{}
     torch.manual_seed(0)
     module = LitLanguageModel(
         ModelConfig(num_layers=2, width=32, num_heads=2, context=16, init_std=0.3),
-        QuantConfig(activations=activations, activation_bits=bits),  # type: ignore[arg-type]
+        QuantConfig(activations=activations, activation_bits=bits),
         vocab_size=vocab_size,
     )
     module.configure_model()
@@ -64,7 +64,7 @@ def test_columns_are_what_their_names_say(tmp_path, data):
     for name, row in results.items():
         model = load_decoder(paths[name])
         for bits, activations in ((16, "none"), (4, "token" if name == "none" else "static")):
-            model.set_activations(QuantConfig(activations=activations))  # type: ignore[arg-type]
+            model.set_activations(QuantConfig(activations=activations))
             assert row[f"W16A{bits}"] == pytest.approx(perplexity(model, data.val_dataloader(), CPU), rel=1e-6)
         artifact = read_artifact(tmp_path / "table" / f"{name}-w4-rtn")
         assert artifact.quant.activations == activations

@@ -13,7 +13,8 @@ source a document is held out by a hash of its text: u = blake2b(text) / 2⁶⁴
 u < valid_share, test where valid_share ≤ u < 2·valid_share. So a document never changes sides when the corpus grows,
 is reordered or mixed with another, and two copies of it land on the same side.
 
-Errors are ``FileNotFoundError`` and ``ValueError`` of one line: the input, the reason, the mend.
+Errors are ``FileNotFoundError``, ``ValueError`` and (a full disk) ``OSError`` of one line: the input, the reason, the
+mend.
 """
 
 import contextlib

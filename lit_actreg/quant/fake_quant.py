@@ -77,7 +77,7 @@ def fake_quantize(
         outside: Gradient of an x outside its clips: "masked", none, as published; "passed", g.
         rounds: False clamps to the grid's ends without rounding: the paper's activation clamping.
     """
-    return _FakeQuantize.apply(x, low, high, bits, integer_zero_point, outside, rounds)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, low, high, bits, integer_zero_point, outside, rounds)
 
 
 def fake_quantize_per_token(x: Tensor, bits: int = 4, group_size: int | None = None) -> Tensor:
