@@ -101,6 +101,12 @@ def _place(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl
 
 
 @gluon.jit
+def _halves(acc):
+    """The left and the right half of acc's columns; every thread keeps its own."""
+    return gl.split(acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute((0, 2, 1)))
+
+
+@gluon.jit
 def finish(
     acc,
     m0,
@@ -219,7 +225,10 @@ def _kernel(
         pointers = (y_ptr, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, residual_ptr)
         # Eight outputs a thread, so that bfloat16 leaves in 16-byte stores.
         STORE: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, num_warps], [0, 1])
-        finish(acc >> 4, m0, n0, pointers, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, STORE)
+        # Half by half: beside all sums of a tile a residual does not fit into registers.
+        left, right = _halves(acc >> 4)
+        finish(left, m0, n0, pointers, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, STORE)
+        finish(right, m0 + BLOCK_M // 2, n0, pointers, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, STORE)
         m0, n0 = m_next, n_next
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(filled.index(stage))

@@ -24,10 +24,11 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from lit_actreg_kernels.{module} import _kernel, operand_layout
 block_m, block_n, block_k, num_warps, num_stages = {tile}
 layout = operand_layout(block_k)
-constants = dict(PER_TOKEN=False, HAS_BIAS=True, HAS_RESIDUAL=False, STAGES=num_stages, num_warps=num_warps, {more})
+constants = dict(PER_TOKEN=False, HAS_BIAS=True, HAS_RESIDUAL={residual}, {more})
+constants |= dict(STAGES=num_stages, num_warps=num_warps)
 codes, packed = f"i8[{{block_m}}, {{block_k}}]", f"u8[{{block_n}}, {{block_k}}]"
 types = dict(codes_desc=f"tensordesc<{{codes}},{{layout!r}}>", packed_desc=f"tensordesc<{{packed}},{{layout!r}}>")
-types |= dict.fromkeys(["y_ptr", "residual_ptr"], "*bf16") | dict.fromkeys("MNP", "i32")
+types |= dict.fromkeys(["y_ptr", "residual_ptr"], "*{dtype}") | dict.fromkeys("MNP", "i32")
 types |= dict.fromkeys(["weight_sums_ptr", "partial_ptr", "ticket_ptr"], "*i32")
 signature = {{n: "constexpr" if n in constants else types.get(n, "*fp32") for n in _kernel.arg_names}}
 source = GluonASTSource(_kernel, signature, constants, {{}})
@@ -42,12 +43,12 @@ print([ptx.count("wgmma.mma_async"), before.count("cp.async.bulk") if wait else 
 """
 
 
-def check_compiles(cache, module, tile, more, counts):
+def check_compiles(cache, module, tile, more, counts, residual=False, dtype="bf16"):
     """Neither waits nor spills; ``counts``: of `wgmma`, and of what is asked for before `griddepcontrol.wait`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache)}
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE.format(module=module, tile=tile, more=more)],
+        [sys.executable, "-c", COMPILE.format(module=module, tile=tile, more=more, residual=residual, dtype=dtype)],
         env=environment,
         capture_output=True,
         text=True,

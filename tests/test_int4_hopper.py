@@ -11,9 +11,10 @@ SHAPES = [(1, 8, 16), (70, 33, 272), (300, 520, 1040), (257, 1000, 4096), (2600,
 TILES = [Tile(128, 256, 64, 8, 4, hopper=True), Tile(128, 128, 64, 4, 4, hopper=True)]
 
 
-def test_compiles_without_waits_or_spills(tmp_path):
+@pytest.mark.parametrize(("residual", "dtype"), [(False, "bf16"), (True, "bf16"), (True, "fp32")])
+def test_compiles_without_waits_or_spills(residual, dtype, tmp_path):
     # 8 steps of 2 nibbles, 2 row tiles a warp group and 2 times 32 columns
-    check_compiles(tmp_path, "int4_hopper", (128, 256, 64, 8, 4), "GROUP_M=8", [64, 0])
+    check_compiles(tmp_path, "int4_hopper", (128, 256, 64, 8, 4), "GROUP_M=8", [64, 0], residual, dtype)
 
 
 @needs_hopper
