@@ -18,10 +18,12 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.dependent_launch import launch_options
 from lit_actreg_kernels.grid import code_range
+from lit_actreg_kernels.int4_tile import INTERPRETED
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _BLOCK = 2048
+_HAS_FMA = tl.constexpr(not INTERPRETED)
 # A token of up to this many elements is kept in registers between the two passes of the per-token kernel.
 _MAX_ROW_BLOCK = 16384
 
@@ -41,17 +43,10 @@ def to_grid(x, scale, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
 
 
 @triton.jit
-def to_codes(x, scale, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
-    """int8 codes of x (any float dtype) on the grid; scale and zero point broadcast against x."""
-    return to_grid(x, scale, zero_point, Q_MIN, Q_MAX).to(tl.int8)
+def to_code_bytes(x, scale, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
+    """Codes of x (any float dtype) on the grid: int32 whose low byte is the code, that of a NaN Q_MIN.
 
-
-@triton.jit
-def to_code_bytes(x, scale, inverse, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, FMA: tl.constexpr):
-    """:func:`to_codes` in ten instructions a value rather than some 25: int32 whose low byte is the code.
-
-    For kernels in which every program quantizes the same token (a NaN gets the code Q_MIN). ``inverse`` is 1 / scale,
-    correctly rounded, FMA whether there is a fused multiply-add (not in the interpreter).
+    Scale and zero point broadcast against x. Ten instructions a value rather than some 25 of :func:`to_grid`.
 
     - *Division.* q = x · inverse, corrected once by its remainder, is the correctly rounded x / scale for every
       bfloat16 and float16 x: all 2^10 mantissas were tried with all 2^23 of the scale. float32 takes `div_rn`.
@@ -60,12 +55,19 @@ def to_code_bytes(x, scale, inverse, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.
     - *Conversion.* After the addition that rounds (:func:`round_half_even`) the code is the mantissa's low byte.
     """
     wide = tl.minimum(tl.maximum(x.to(tl.float32), (Q_MIN - zero_point) * scale), (Q_MAX - zero_point) * scale)
-    if FMA and x.dtype != tl.float32:
+    if _HAS_FMA and x.dtype != tl.float32:
+        inverse = tl.div_rn(1.0, scale)
         q = wide * inverse
         q = tl.fma(tl.fma(q, -scale, wide), inverse, q)
     else:
         q = tl.div_rn(wide, scale)
     return ((q + zero_point) + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def to_codes(x, scale, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
+    """:func:`to_code_bytes` as int8."""
+    return to_code_bytes(x, scale, zero_point, Q_MIN, Q_MAX).to(tl.int8)
 
 
 @triton.jit

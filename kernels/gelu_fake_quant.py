@@ -7,9 +7,7 @@ y never goes to memory and is rounded to the dtype of h before it meets the grid
 writes it. The backward pass reads h and g and writes dh: 6 bytes a bfloat16 element, the floor; the table of
 :mod:`.fake_quant` is applied to y, computed again.
 
-With one exponential for both, Φ and φ of the backward pass come from Abramowitz & Stegun 7.1.26,
-1 − Φ(|h|) = ½ e^(−h²/2) · (a₁t + … + a₅t⁵), t = 1 / (1 + p |h| / √2), to within 1e-7. The forward pass keeps erf, as
-kernels of inference have it (:mod:`.gelu_quant`).
+Φ as in :mod:`.gelu_quant`, which gives φ as well: both need the same exponential.
 
 h contiguous [..., H] or, gated, [..., 2H]; clips [1]. Partial sums as in :mod:`.fake_quant`.
 """
@@ -18,22 +16,12 @@ import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
-from lit_actreg_kernels.gelu_quant import gelu, swiglu
+from lit_actreg_kernels.gelu_quant import gelu, normal_distribution, swiglu
 from lit_actreg_kernels.grid import code_range
 from torch import Tensor
 
 _BLOCK = 1024  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
 _PROGRAMS_PER_PROCESSOR = 8
-
-
-@triton.jit
-def normal_distribution(h):
-    """Φ(h) and φ(h) of the standard normal distribution."""
-    exponential = tl.exp(-0.5 * h * h)
-    t = 1.0 / (1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(h))
-    p = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
-    tail = 0.5 * p * exponential
-    return tl.where(h > 0, 1.0 - tail, tail), 0.3989422804014327 * exponential
 
 
 @triton.jit
@@ -59,7 +47,7 @@ def _forward_kernel(
         y = swiglu(h.to(tl.float32), up.to(tl.float32))
     else:
         h = tl.load(h_ptr + row * H + column, mask=inside, other=0.0)
-        y = gelu(h.to(tl.float32))
+        y = gelu(h.to(tl.float32), ERF=h.dtype == tl.float32)
     scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
     x_hat = on_grid(y.to(h.dtype), scale, zero_point, Q_MIN, Q_MAX)
     tl.store(x_hat_ptr + row * H + column, x_hat.to(h.dtype), mask=inside)

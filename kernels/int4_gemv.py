@@ -127,11 +127,9 @@ def _standardized(x_low, x_high, word, W, K, eps, RMS: tl.constexpr):
 
 
 @triton.jit
-def _code_words(
-    x, scale, inverse, zero_point, QUANTIZE: tl.constexpr, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, ASM: tl.constexpr
-):
+def _code_words(x, scale, zero_point, QUANTIZE: tl.constexpr, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
     """The codes of x [W, 4] as one int32 a row. A column past K gets the code of zero; its weights are zero."""
-    codes = to_code_bytes(x, scale, inverse, zero_point, Q_MIN, Q_MAX, FMA=ASM) if QUANTIZE else x.to(tl.int32)
+    codes = to_code_bytes(x, scale, zero_point, Q_MIN, Q_MAX) if QUANTIZE else x.to(tl.int32)
     return tl.sum((codes & 0xFF) << (8 * tl.arange(0, 4)[None, :]), 1)
 
 
@@ -209,9 +207,8 @@ def _gemv_kernel(
         if HAS_NORM_BIAS:
             low, high = low + b_low, high + b_high
         x_low, x_high = low.to(dtype), high.to(dtype)  # as the norm of its own rounds them
-    inverse = tl.div_rn(1.0, act_scale)
-    low = _code_words(x_low, act_scale, inverse, zero_point, QUANTIZE, Q_MIN, Q_MAX, ASM)
-    high = _code_words(x_high, act_scale, inverse, zero_point, QUANTIZE, Q_MIN, Q_MAX, ASM)
+    low = _code_words(x_low, act_scale, zero_point, QUANTIZE, Q_MIN, Q_MAX)
+    high = _code_words(x_high, act_scale, zero_point, QUANTIZE, Q_MIN, Q_MAX)
     acc = tl.sum(multiply_word(packed, low[None, :], high[None, :], ASM), 1) >> 4
     y = weight_scale * (acc.to(tl.float32) - zero_point * sums) * act_scale + added
     if ACTIVATION:
@@ -223,7 +220,7 @@ def _gemv_kernel(
             n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             n_inside = n < N // 2
         else:
-            y = gelu(y)
+            y = gelu(y, ERF=True)
         out = to_codes(y.to(dtype_out), out_scale, out_zero_point, OUT_MIN, OUT_MAX)
         tl.store(y_ptr + n, out, mask=n_inside)
     else:
