@@ -40,12 +40,13 @@ from lit_actreg_plugins.w4a4_precision import W4A4Precision
 from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
-from lit_actreg.generate import Continuation, captured, generate
+from lit_actreg.generate import Continuation, generate
 from lit_actreg.model import Decoder
 from lit_actreg.module import next_token_loss
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 from lit_actreg.quant.weight_grid import round_to_nearest
+from lit_actreg.replay import ReplayedForward, captured
 
 # Shape, vocabulary, and sequences of one validation batch.
 SIZES = {
@@ -183,6 +184,7 @@ def with_compiled_blocks(model: Decoder) -> Decoder:
     twin.blocks = nn.ModuleList(copy.copy(block) for block in model.blocks)
     for block in twin.blocks:
         block.compile(fullgraph=True, dynamic=False)
+    twin.forward = ReplayedForward(twin)
     return twin
 
 

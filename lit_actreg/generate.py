@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_actreg.model import Decoder, LayerCache, rotary_angles
+from lit_actreg.replay import captured
 
 
 def window_start(num_tokens: int, context: int) -> int:
@@ -93,19 +94,6 @@ class Continuation:
         token_B = self._next(self.tokens.index_select(1, self.position), self.position)
         self.position += 1
         self.tokens.index_copy_(1, self.position, token_B[:, None])
-
-
-def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Runs ``step`` once, eagerly, so that its kernels are compiled; then records it without running it."""
-    side = torch.cuda.Stream()  # as capture does: libraries allocate their workspaces by stream
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def run_steps(step: Callable[[], None], count: int, cuda_graph: bool) -> None:

@@ -6,7 +6,8 @@ of a float one (Triton on a GPU, its plain reference on a CPU; only small groups
 bits where ``dtype`` is of 16: :mod:`lit_actreg_kernels.dequantize`). Layers that the kernel cannot serve stay as they
 are, and one line says how many and why. A block whose linears have static grids (its MLP projection's may follow
 tokens) becomes an :class:`~lit_actreg_plugins.int4_block.Int4Block`, where norms, activations and residual sums are
-fused into the kernels.
+fused into the kernels. A GPU replays the decoder's forward pass as a CUDA graph (:mod:`lit_actreg.replay`): the host
+launches these kernels more slowly than they run.
 
 ``Precision.convert_module`` is Lightning's hook for this, called on every strategy after ``configure_model``; it
 changes the module in place. It cannot be combined with ``--trainer.precision``, so activations between the linears
@@ -23,8 +24,9 @@ from lit_actreg_kernels.module import Int4Linear
 from lit_actreg_plugins.int4_block import Int4Block
 from torch import nn
 
-from lit_actreg.model import Block
+from lit_actreg.model import Block, Decoder
 from lit_actreg.quant.quantized_linear import QuantizedLinear, int4_obstacle
+from lit_actreg.replay import ReplayedForward
 
 
 def int4_linear(linear: QuantizedLinear) -> Int4Linear:
@@ -85,6 +87,8 @@ class W4A4Precision(Precision):
             raise ValueError("W4A4Precision found no quantized linear: give `validate` a folder that `quantize` wrote")
         num_fused = fuse_blocks(module)
         for part in module.modules():  # the quantized layers' scales stay float32
+            if isinstance(part, Decoder):
+                part.forward = ReplayedForward(part)  # type: ignore[method-assign]
             if not isinstance(part, QuantizedLinear | Int4Linear):
                 for parameter in part.parameters(recurse=False):
                     parameter.data = parameter.data.to(self.dtype)

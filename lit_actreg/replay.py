@@ -1,0 +1,61 @@
+"""CUDA graphs: a sequence of kernels recorded once, and replayed with one call.
+
+Launching kernels one by one from the host can take longer than running them: those of one new token, and integer ones
+of a whole validation batch. A graph can be replayed as long as nothing in it depends on the host: not a shape, not an
+address, not a decision. So inputs and results lie where they lay when it was recorded.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_actreg.model import Decoder, LayerCache
+
+
+def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Runs ``step`` once, eagerly, so that its kernels are compiled; then records it without running it."""
+    side = torch.cuda.Stream()  # as capture does: libraries allocate their workspaces by stream
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+class ReplayedForward:
+    """``forward`` of a decoder for many batches without gradients, which a GPU replays.
+
+    The first batch of a shape runs as it is; the second is recorded. What a replay returns is overwritten by the next
+    one. Everything runs as it is with gradients, in generation (``rotary`` is given then) and on a CPU.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.seen: set[torch.Size] = set()
+        self.recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]] = {}
+
+    def __call__(
+        self,
+        ids: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        as_it_is = rotary is not None or not ids.is_cuda or torch.is_grad_enabled()
+        if as_it_is or ids.shape not in self.seen:
+            self.seen.add(ids.shape)
+            return Decoder.forward(self.decoder, ids, rotary, caches)
+        if ids.shape not in self.recorded:
+            self.recorded[ids.shape] = self.record(ids.clone())
+        graph, mine, result = self.recorded[ids.shape]
+        mine.copy_(ids)
+        graph.replay()
+        return result
+
+    def record(self, mine: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]:
+        results = []
+        graph = captured(lambda: results.append(Decoder.forward(self.decoder, mine)))
+        return graph, mine, results[-1]

@@ -1,0 +1,52 @@
+"""A decoder's forward pass as a CUDA graph gives what it gives without."""
+
+import pytest
+import torch
+from lit_actreg_plugins.rtn import RTN
+from lit_actreg_plugins.w4a4_precision import W4A4Precision
+from small_models import small_decoder, text_ids
+
+from lit_actreg.artifact import read_artifact
+from lit_actreg.config import QuantConfig
+from lit_actreg.model import Decoder
+from lit_actreg.quantize import quantize_model
+from lit_actreg.replay import ReplayedForward
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_on_a_cpu_everything_runs_as_it_is():
+    model, ids = small_decoder("neox", QuantConfig()), text_ids(2)
+    replayed = ReplayedForward(model)
+    expected = model(ids)[0]
+    for _ in range(3):
+        torch.testing.assert_close(replayed(ids)[0], expected, rtol=0, atol=0)
+    assert not replayed.recorded
+
+
+@needs_gpu
+@pytest.mark.parametrize("grad", [False, True])
+def test_batches_of_two_shapes(grad):
+    model = small_decoder("neox", QuantConfig(activations="none")).cuda().requires_grad_(grad)
+    replayed = ReplayedForward(model)
+    batches = [text_ids(count).cuda().roll(i, 1) for i, count in enumerate((4, 4, 4, 2, 4, 2, 2))]
+    with torch.set_grad_enabled(grad):
+        for ids in batches:
+            found, expected = replayed(ids)[0], Decoder.forward(model, ids)[0]
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+            assert found.requires_grad == grad
+    assert len(replayed.recorded) == (0 if grad else 2)
+
+
+@needs_gpu
+def test_integer_kernels_are_replayed_bit_for_bit(tmp_path):
+    model = small_decoder("neox", QuantConfig())
+    quantize_model(model, RTN(), [text_ids(4)], tmp_path)
+    served = W4A4Precision("bfloat16").convert_module(read_artifact(tmp_path)).cuda()
+    assert isinstance(served, Decoder)
+    assert isinstance(served.forward, ReplayedForward)
+    with torch.no_grad():
+        for shift in range(4):
+            ids = text_ids(4).cuda().roll(shift, 1)
+            torch.testing.assert_close(served(ids)[0], Decoder.forward(served, ids)[0], rtol=0, atol=0)
+    assert len(served.forward.recorded) == 1
