@@ -8,6 +8,8 @@
 and, not about quantization but as near to the linears:
 
     token_kurtosis            y → y, κ̄
+    swiglu                    [gate, up] → silu(gate) · up
+    narrow_linear             x → x Wᵀ in 16 bits, with dW in the 32 of the weight
 
 Each is a ``torch.library.triton_op`` whose backward is one too (kurtosis: an autograd.Function around two): eager
 PyTorch, activation checkpointing, DDP and FSDP2 see ordinary operators, torch.compile sees through them to the kernels,
@@ -33,6 +35,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lit_actreg_kernels import training_reference
 from lit_actreg_kernels.checks import FLOAT_DTYPES, MAX_NORM_COLUMNS
 from lit_actreg_kernels.ops import has_triton_kernels
@@ -152,6 +155,55 @@ def swiglu_fake_quantize(
 ) -> Tensor:
     """x̂ [..., H] of silu(gate) · up for h = [gate, up] [..., 2H]; the product is rounded to the dtype of h first."""
     return _activation_fake_quantize(h, low, high, True, bits, integer_zero_point, masked)
+
+
+# SwiGLU alone
+
+
+@torch.library.triton_op("lit_actreg::swiglu", mutates_args=())
+def swiglu(h: Tensor) -> Tensor:
+    """silu(gate) · up [..., H] for h = [gate, up] [..., 2H], in its dtype."""
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@torch.library.triton_op("lit_actreg::swiglu_backward", mutates_args=())
+def _swiglu_backward(g: Tensor, h: Tensor) -> Tensor:
+    return _implementation(h, "swiglu").swiglu_backward(g.contiguous(), h.contiguous())
+
+
+swiglu.register_autograd(
+    lambda ctx, g: _swiglu_backward(g, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+# A linear whose weight is wider than what it multiplies
+
+
+@torch.library.triton_op("lit_actreg::narrow_linear", mutates_args=())
+def narrow_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ [..., N] in the dtype of x, which is narrower than the weight's [N, K]; dW has the weight's.
+
+    Autocast would round dW to the dtype of x and make it wide again: two passes over it that are not needed.
+    """
+    return F.linear(x, weight.to(x.dtype))
+
+
+@torch.library.triton_op("lit_actreg::narrow_linear_backward", mutates_args=())
+def _narrow_linear_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    g_rows, x_rows = g.flatten(0, -2), x.flatten(0, -2)
+    if x.is_cuda:
+        d_weight = torch.mm(g_rows.t(), x_rows, out_dtype=weight.dtype)
+    else:
+        d_weight = g_rows.t().to(weight.dtype) @ x_rows.to(weight.dtype)
+    return g @ weight.to(x.dtype), d_weight
+
+
+narrow_linear.register_autograd(
+    lambda ctx, g: _narrow_linear_backward(g, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 # The norms: x → x̂, gate; and x, y → x′, x̂

@@ -2,9 +2,9 @@
 
 On a CPU the operators run it; a fit there takes fused operators for kurtosis only (``InputQuantizer.fuses``).
 
-The functions mirror those of :mod:`.fake_quant`, :mod:`.gelu_fake_quant`, :mod:`.norm_fake_quant` and
-:mod:`.kurtosis`, where the formulas stand; here the partial sums have one program. Arithmetic is float32, or float64
-for float64 inputs.
+The functions mirror those of :mod:`.fake_quant`, :mod:`.gelu_fake_quant`, :mod:`.swiglu`, :mod:`.norm_fake_quant`
+and :mod:`.kurtosis`, where the formulas stand; here the partial sums have one program. Arithmetic is float32, or
+float64 for float64 inputs.
 """
 
 import math
@@ -83,6 +83,15 @@ def activation_fake_quantize_backward(
         cumulative = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
         dh = dy * (cumulative + wide * torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi))
     return dh.to(h.dtype), clips
+
+
+def swiglu_backward(g: Tensor, h: Tensor) -> Tensor:
+    """dh [..., 2H], in the dtype of h, of g [..., H]."""
+    gate, up = _wide(h).chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    d_up = _wide(g) * gate * sigmoid
+    d_gate = _wide(g) * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.cat([d_gate, d_up], dim=-1).to(h.dtype)
 
 
 def norm_fake_quantize(

@@ -23,6 +23,8 @@ def samples():
         "fake_quantize": (training_ops.fake_quantize, (leaf(3, 32), low, high, *OPTIONS)),
         "gelu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, False, *OPTIONS)),
         "swiglu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, True, *OPTIONS)),
+        "swiglu alone": (training_ops.swiglu, (leaf(3, 32),)),
+        "narrow linear": (training_ops.narrow_linear, (leaf(3, 32).bfloat16(), leaf(8, 32))),
         "norm": (training_ops._norm_fake_quantize, (leaf(3, 32), *norm)),
         "add": (training_ops._add_norm_fake_quantize, (leaf(3, 32), None, leaf(3, 32), *rms)),
         "add with gate": (training_ops._add_norm_fake_quantize, (leaf(3, 32), leaf(3, 32), leaf(3, 32), *norm)),
@@ -33,6 +35,19 @@ def samples():
 def test_opcheck(name):
     operator, arguments = samples()[name]
     torch.library.opcheck(operator, arguments)
+
+
+def test_a_narrow_linears_weight_gradient_is_not_rounded():
+    torch.manual_seed(0)
+    x, weight, g = (torch.randn(s, device=DEVICE) for s in [(2, 50, 32), (24, 32), (2, 50, 24)])
+    x, g = x.bfloat16().requires_grad_(), g.bfloat16()
+    weight.requires_grad_()
+    y = training_ops.narrow_linear(x, weight)
+    y.backward(g)
+    assert torch.equal(y, functional.linear(x, weight.bfloat16()))
+    assert torch.equal(x.grad, g @ weight.bfloat16())
+    exact = g.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
+    torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gate_gets_the_gradient_and_costs_no_memory():

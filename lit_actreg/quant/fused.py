@@ -78,6 +78,8 @@ def gelu_linear(linear: nn.Module, hidden: Tensor) -> Tensor:
 
 def swiglu(hidden: Tensor) -> Tensor:
     """silu(gate) · up for hidden = [gate, up]: [..., 2H] → [..., H]."""
+    if hidden.is_cuda and hidden.dtype != torch.float64:
+        return training_ops.swiglu(hidden)
     gate, up = hidden.chunk(2, dim=-1)
     return F.silu(gate) * up
 
