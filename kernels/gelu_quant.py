@@ -41,8 +41,9 @@ def normal_distribution(x):
 def gelu(x, ERF: tl.constexpr):
     """GELU of float32 x; without ``ERF`` in a third of the instructions, for an x that comes from 16 bits."""
     if ERF:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    cumulative, _ = normal_distribution(x)
+        cumulative = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        cumulative, _ = normal_distribution(x)
     return x * cumulative
 
 
