@@ -1,6 +1,6 @@
 """What QAT and kurtosis regularization cost a training step (the paper's Table 4, arXiv 2404.03605), on one GPU.
 
-    python benchmarks/train_speed.py [--size 98m|125m|1b] [--style llama] [--bfloat16-stream]
+    python benchmarks/train_speed.py [--size 98m|125m|1b|…] [--style llama] [--bfloat16-stream]
                                      [--sequences N] [--accumulate N] [--rounds 8] [--profile]
     python benchmarks/train_speed.py --size tiny --device cpu          # shows that it works; its times mean nothing
 
@@ -53,6 +53,9 @@ SIZES = {
     "98m": (12, 768, 12, True, 16384, 64, 512),
     "125m": (12, 768, 12, False, 32768, 16, 2048),
     "1b": (24, 1920, 16, False, 32768, 8, 2048),
+    # the same, with heads of 128 instead of 64 and 120, and a width of whole tiles
+    "125m-h128": (12, 768, 6, False, 32768, 16, 2048),
+    "1b-h128": (24, 2048, 16, False, 32768, 8, 2048),
 }
 LLAMA_GRIDS = {"per_token_sites": ["mlp_proj"], "token_group_size": 64}  # configs/fit_llama.yaml
 CHECKED_BLOCKS = 2
