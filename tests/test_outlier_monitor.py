@@ -9,9 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch._dynamo.testing import CompileCounter
 
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
-from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
+from lit_actreg.callbacks.outlier_monitor import OutlierMonitor, input_statistics
 from lit_actreg.config import SITES
 from lit_actreg.quant.fake_quant import fake_quantize
+from lit_actreg.quant.statistics import channel_means
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHANNEL = 5
@@ -67,8 +68,17 @@ def test_the_planted_channel_is_found_where_it_is_and_nowhere_else(planted):
     assert mean_abs.argmax() == CHANNEL
     assert first(events, "outliers_mlp_in/share_01") == pytest.approx(1 / 32)
     assert first(events, "outliers_mlp_in/largest_ratio_01") == pytest.approx((mean_abs / mean_abs.mean()).max().item())
+    mean = plant.x.double().mean((0, 1))[CHANNEL].abs()
+    assert first(events, "outliers_mlp_in/shift_01") == pytest.approx((mean / mean_abs[CHANNEL]).item(), rel=1e-4)
     for layer, site in [(layer, site) for layer in (0, 1) for site in SITES if (layer, site) != (1, "mlp_in")]:
         assert first(events, f"outliers_{site}/share_{layer:02d}") == 0.0
+
+
+@pytest.mark.parametrize(("channel", "shift"), [([3.0, 4.0, 5.0, 6.0], 1.0), ([-9.0, 9.0, -9.0, 9.0], 0.0)])
+def test_a_shifted_channel_is_told_from_a_scaled_one(channel, shift):
+    x = torch.randn(1, 4, 8)
+    x[0, :, 2] = -torch.tensor(channel)
+    assert input_statistics(x, torch.nn.Identity(), *channel_means(x))["shift"] == shift
 
 
 def test_numbers_are_those_of_the_raw_input_and_the_weight(planted):

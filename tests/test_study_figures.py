@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from lit_actreg.config import SITES
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -43,6 +45,28 @@ def test_outlier_maps_want_two_snapshots(monkeypatch, tmp_path):
     write_run(tmp_path / "a", [0], 0.0)
     with pytest.raises(SystemExit, match="fewer than two outlier snapshots of qkv"):
         run(monkeypatch, "outlier_maps.py", f"a={tmp_path / 'a'}", "--out", str(tmp_path / "map"))
+
+
+def test_weight_curves_are_means_over_blocks(monkeypatch, tmp_path):
+    quantities = ["error_3bit", "error_4bit", "row_max", "weight_kurtosis"]
+    with SummaryWriter(str(tmp_path / "a")) as writer:
+        for step in (0, 10):
+            for site in SITES:
+                for block in range(3):
+                    for i, quantity in enumerate(quantities):
+                        writer.add_scalar(f"outliers_{site}/{quantity}_{block:02d}", step + i + block / 10, step)
+            writer.add_scalar("outliers_qkv/largest_ratio_00", 7.0, step)
+    run(monkeypatch, "weight_curves.py", f"a={tmp_path / 'a'}", "--out", str(tmp_path / "curves"))
+    rows = list(csv.DictReader((tmp_path / "curves.csv").open()))
+    assert [(row["site"], row["step"]) for row in rows] == [(site, step) for site in SITES for step in ("0", "10")]
+    assert [float(rows[-1][quantity]) for quantity in quantities] == pytest.approx([10.1, 11.1, 12.1, 13.1])
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_weight_curves_want_a_fits_weights(monkeypatch, tmp_path):
+    write_run(tmp_path / "a", [0, 10], 0.0)
+    with pytest.raises(SystemExit, match="no outlier snapshot of a fit's weights"):
+        run(monkeypatch, "weight_curves.py", f"a={tmp_path / 'a'}", "--out", str(tmp_path / "curves"))
 
 
 def test_a_sweep_has_a_place_for_zero(monkeypatch, tmp_path):

@@ -4,6 +4,8 @@ A channel of a linear's input is an *outlier channel* if its mean |x| exceeds 6 
 (arXiv 2404.03605). At every snapshot, for each block and site, TensorBoard gets as ``outliers_<site>/<what>_<layer>``:
 
     share, largest_ratio    outlier channels; the largest channel's mean |x| over the layer's
+    shift                   the largest channel's |mean x| over its mean |x|: 1 where its values lie on one side of
+                            zero (a shifted channel), 0 where they scatter around it (a scaled one)
     kurtosis                per-token kurtosis of the input
     saturation, snr_db      share of values outside the clips; signal-to-noise of the grid, in decibels
     weight_kurtosis, row_max, column_max, error_4bit, error_3bit
@@ -42,10 +44,11 @@ from lit_actreg.quant.statistics import (
 )
 
 
-def input_statistics(x: Tensor, linear: nn.Module, mean_abs: Tensor) -> dict[str, Tensor]:
-    """The numbers of one linear's input x [B, T, K], as 0-dimensional tensors."""
-    ratios = outlier_ratios(mean_abs)
+def input_statistics(x: Tensor, linear: nn.Module, mean_abs: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    """The numbers of one linear's input x [B, T, K] with these channel means [K], as 0-dimensional tensors."""
+    ratios, largest = outlier_ratios(mean_abs), mean_abs.argmax()
     found = {"share": (ratios > OUTLIER_RATIO).float().mean(), "largest_ratio": ratios.max()}
+    found["shift"] = mean[largest].abs() / mean_abs[largest].clamp(min=1e-12)
     found["kurtosis"] = token_kurtosis(x)
     quantizer = getattr(linear, "input_quantizer", None)
     if isinstance(quantizer, InputQuantizer) and quantizer.has_clips:
@@ -143,7 +146,7 @@ class OutlierMonitor(Callback):
         def observer(layer: int, site: Site, linear: nn.Module, x: Tensor) -> None:
             x = x.float()
             mean_abs, mean = channel_means(x)
-            numbers = input_statistics(x, linear, mean_abs)
+            numbers = input_statistics(x, linear, mean_abs, mean)
             if isinstance(linear, QuantLinear):
                 numbers |= weight_statistics(linear.weight)
             shares[layer, site] = numbers["share"]
