@@ -30,7 +30,8 @@ class ReplayedForward:
     """``forward`` of a decoder for many batches without gradients, which a GPU replays.
 
     The first batch of a shape runs as it is; the second is recorded. What a replay returns is overwritten by the next
-    one. Everything runs as it is with gradients, in generation (``rotary`` is given then) and on a CPU.
+    one. Everything runs as it is with gradients, in generation (``rotary`` is given then), on a CPU, and while hooks
+    wait for the decoder's modules, which a replay would not call.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -44,18 +45,24 @@ class ReplayedForward:
         rotary: tuple[Tensor, Tensor] | None = None,
         caches: Sequence[LayerCache] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        as_it_is = rotary is not None or not ids.is_cuda or torch.is_grad_enabled()
-        if as_it_is or ids.shape not in self.seen:
-            self.seen.add(ids.shape)
+        if rotary is not None or not ids.is_cuda or torch.is_grad_enabled() or self.is_watched():
             return Decoder.forward(self.decoder, ids, rotary, caches)
+        if ids.shape not in self.seen:
+            self.seen.add(ids.shape)
+            return Decoder.forward(self.decoder, ids)
         if ids.shape not in self.recorded:
-            self.recorded[ids.shape] = self.record(ids.clone())
+            self.recorded[ids.shape] = self.record(ids)
         graph, mine, result = self.recorded[ids.shape]
         mine.copy_(ids)
         graph.replay()
         return result
 
-    def record(self, mine: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]:
-        results = []
+    def is_watched(self) -> bool:
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.decoder.modules())
+
+    def record(self, ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]:
+        with torch.inference_mode(False):  # or nobody could write it outside of that mode
+            mine = ids.clone()
+        results: list[tuple[Tensor, Tensor]] = []
         graph = captured(lambda: results.append(Decoder.forward(self.decoder, mine)))
         return graph, mine, results[-1]

@@ -7,8 +7,9 @@ from lit_actreg_plugins.w4a4_precision import W4A4Precision
 from small_models import small_decoder, text_ids
 
 from lit_actreg.artifact import read_artifact
-from lit_actreg.config import QuantConfig
+from lit_actreg.config import SITES, QuantConfig
 from lit_actreg.model import Decoder
+from lit_actreg.quant.observe import observe_inputs
 from lit_actreg.quantize import quantize_model
 from lit_actreg.replay import ReplayedForward
 
@@ -36,6 +37,29 @@ def test_batches_of_two_shapes(grad):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
             assert found.requires_grad == grad
     assert len(replayed.recorded) == (0 if grad else 2)
+
+
+@needs_gpu
+def test_hooks_see_every_batch():
+    model = small_decoder("neox", QuantConfig(activations="none")).cuda()
+    model.forward = ReplayedForward(model)
+    with torch.no_grad():
+        for i in range(3):
+            model(text_ids(4).cuda())
+            seen = []
+            observe_inputs(model, text_ids(4).cuda(), lambda layer, site, linear, x, to=seen: to.append((layer, site)))
+            assert len(seen) == 2 * len(SITES), i
+
+
+@needs_gpu
+def test_recorded_in_inference_mode_and_replayed_outside():
+    model = small_decoder("neox", QuantConfig(activations="none")).cuda()
+    replayed, ids = ReplayedForward(model), text_ids(4).cuda()
+    with torch.inference_mode():
+        for _ in range(3):
+            expected = replayed(ids)[0].clone()
+    with torch.no_grad():
+        torch.testing.assert_close(replayed(ids)[0], expected)
 
 
 @needs_gpu
