@@ -1,14 +1,21 @@
-"""SwiGLU's gradient for training, in one pass: a compiler's code reads its inputs once for either half of the output.
+"""SwiGLU for training, a pass each: its gradient, and its value on a grid of every token or group of a token's columns.
 
     y = silu(gate) · up, h = [gate, up]        dgate = g up σ(gate) (1 + gate (1 − σ(gate)))        dup = g silu(gate)
 
-h and dh contiguous [..., 2H], g [..., H]: 10 bytes a bfloat16 element of y, where the compiler's code moves 14.
+The gradient moves 10 bytes a bfloat16 element of y, where a compiler's code moves 14: it reads its inputs once for
+either half of dh. Behind y a grid that spans what it finds, min to max, clips nothing: its gradient is
+straight-through, that of y. y is rounded to the dtype of h before it meets the grid, and never goes to memory.
+
+h and dh contiguous [..., 2H]; g and x̂ [..., H], x̂ in G groups of C = H / G columns.
 """
 
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.fake_quant import visible
+from lit_actreg_kernels.act_quant import grid_of_interval
+from lit_actreg_kernels.fake_quant import on_grid, visible
+from lit_actreg_kernels.gelu_quant import swiglu
+from lit_actreg_kernels.grid import code_range
 from torch import Tensor
 
 _BLOCK = 1024
@@ -27,6 +34,51 @@ def _backward_kernel(g_ptr, h_ptr, dh_ptr, H, BLOCK: tl.constexpr):
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     tl.store(dh_ptr + at, (g * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(dtype), mask=inside)
     tl.store(dh_ptr + at + H, (g * gate * sigmoid).to(dtype), mask=inside)
+
+
+@triton.jit
+def _grouped_kernel(
+    h_ptr,
+    x_hat_ptr,
+    num_groups,
+    G,
+    C,
+    Q_MIN: tl.constexpr,
+    Q_MAX: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    group, c = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C)
+    at = (group // G) * 2 * G * C + (group % G) * C  # of its gates; the up half is G · C further
+    offsets, inside = at[:, None] + c[None, :], (group < num_groups)[:, None] & (c < C)[None, :]
+    gate = tl.load(h_ptr + offsets, mask=inside, other=0.0)
+    up = tl.load(h_ptr + offsets + G * C, mask=inside, other=0.0)
+    y = swiglu(gate.to(tl.float32), up.to(tl.float32)).to(gate.dtype).to(tl.float32)
+    # the padding's zeros do no harm: the grid includes zero anyway
+    scale, zero_point = grid_of_interval(tl.min(y, 1), tl.max(y, 1), Q_MIN, Q_MAX, INTEGER=True)
+    x_hat = on_grid(y, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX)
+    tl.store(x_hat_ptr + group[:, None] * C + c[None, :], x_hat.to(gate.dtype), mask=inside)
+
+
+def swiglu_fake_quantize_per_token(h: Tensor, bits: int, num_groups: int) -> Tensor:
+    """x̂ [..., H] of h [..., 2H], in its dtype."""
+    x_hat = h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
+    if x_hat.numel():
+        columns = x_hat.shape[-1] // num_groups
+        total, block_c = x_hat.numel() // columns, triton.next_power_of_2(columns)
+        block_g = max(1, _BLOCK // block_c)
+        visible(_grouped_kernel)[(triton.cdiv(total, block_g),)](
+            h,
+            x_hat,
+            total,
+            num_groups,
+            columns,
+            *code_range(bits),
+            BLOCK_G=block_g,
+            BLOCK_C=block_c,
+            num_warps=max(4, min(16, block_c // 512)),
+        )
+    return x_hat
 
 
 def swiglu_backward(g: Tensor, h: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The fused fake-quantizing operators of training, as PyTorch operators with gradients (namespace ``lit_actreg``).
 
     fake_quantize             x → x̂
-    gelu_fake_quantize        h → x̂ of GELU(h);           swiglu_fake_quantize        [gate, up] → x̂ of silu(gate) · up
+    gelu_fake_quantize        h → x̂ of GELU(h)
+    swiglu_fake_quantize      [gate, up] → x̂ of silu(gate) · up;      swiglu_fake_quantize_per_token, on tokens' grids
     norm_fake_quantize        x → x̂ of norm(x), gate
     add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′)
 
@@ -175,6 +176,25 @@ def _swiglu_backward(g: Tensor, h: Tensor) -> Tensor:
 swiglu.register_autograd(
     lambda ctx, g: _swiglu_backward(g, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@torch.library.triton_op("lit_actreg::swiglu_fake_quantize_per_token", mutates_args=())
+def swiglu_fake_quantize_per_token(h: Tensor, bits: int, num_groups: int) -> Tensor:
+    """x̂ [..., H] of silu(gate) · up on a min-max grid of each of ``num_groups`` groups of a token's columns.
+
+    h = [gate, up] [..., 2H]; the product is rounded to the dtype of h first. The gradient is straight-through.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"activation bits {bits} is out of range: choose 2 to 8")
+    if h.shape[-1] % (2 * num_groups):
+        raise ValueError(f"{num_groups} groups do not divide the halves of h, which has {h.shape[-1]} columns")
+    return _implementation(h, "swiglu").swiglu_fake_quantize_per_token(h.contiguous(), bits, num_groups)
+
+
+swiglu_fake_quantize_per_token.register_autograd(
+    lambda ctx, g: (_swiglu_backward(g, *ctx.saved_tensors), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
 )
 
 

@@ -85,6 +85,15 @@ def activation_fake_quantize_backward(
     return dh.to(h.dtype), clips
 
 
+def swiglu_fake_quantize_per_token(h: Tensor, bits: int, num_groups: int) -> Tensor:
+    """x̂ [..., H] of h [..., 2H], in its dtype."""
+    y = _wide(_activation(_wide(h), True).to(h.dtype)).unflatten(-1, (num_groups, -1))
+    scale, zero_point = grid.grid_per_token(y, bits)
+    q_min, q_max = grid.code_range(bits)
+    codes = (y / scale + zero_point).round().clamp(q_min, q_max)
+    return ((codes - zero_point) * scale).flatten(-2).to(h.dtype)
+
+
 def swiglu_backward(g: Tensor, h: Tensor) -> Tensor:
     """dh [..., 2H], in the dtype of h, of g [..., H]."""
     gate, up = _wide(h).chunk(2, dim=-1)

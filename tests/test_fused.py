@@ -8,6 +8,7 @@ from test_parity import decoder, gradients, reference_gradients
 from lit_actreg.config import QuantConfig
 from lit_actreg.parallel import checkpoint_blocks, compile_blocks
 from lit_actreg.quant.calibration import input_hessians
+from lit_actreg.quant.fused import fuses
 from lit_actreg.quant.observe import observe_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,6 +48,19 @@ def test_gradients_are_the_formulas(style, engine, sites):
             assert found[name] is None, name
         else:
             torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: n + text)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_tokens_grids_behind_swiglu_are_fused_too(group_size):
+    quant = QuantConfig(per_token_sites=["mlp_proj"], token_group_size=group_size)
+    batch, plain, model = text_ids(4, 17), decoder("llama"), fused_decoder("llama")
+    plain.set_activations(quant)
+    model.set_activations(quant)
+    assert fuses(model.blocks[0].mlp_proj, torch.zeros(1), "token")
+    assert not fuses(plain.blocks[0].mlp_proj, torch.zeros(1), "token")
+    expected, found = reference_gradients(plain, batch), gradients(model, (batch,))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: n + text)
 
 
 @pytest.mark.parametrize("style", ["neox", "llama"])

@@ -24,6 +24,7 @@ def samples():
         "gelu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, False, *OPTIONS)),
         "swiglu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, True, *OPTIONS)),
         "swiglu alone": (training_ops.swiglu, (leaf(3, 32),)),
+        "swiglu on tokens' grids": (training_ops.swiglu_fake_quantize_per_token, (leaf(3, 32), 4, 2)),
         "narrow linear": (training_ops.narrow_linear, (leaf(3, 32).bfloat16(), leaf(8, 32))),
         "norm": (training_ops._norm_fake_quantize, (leaf(3, 32), *norm)),
         "add": (training_ops._add_norm_fake_quantize, (leaf(3, 32), None, leaf(3, 32), *rms)),

@@ -5,22 +5,23 @@ Every function here says what is computed twice: as the plain modules, and as th
 activation; run eagerly in 16 bits, plain SwiGLU also rounds its silu) and the same gradients. The operators read and
 write each tensor once, where a compiler's code for the plain path makes several passes over it in the backward pass.
 
-Which path runs is :func:`fuses`: the fused one for a static grid on a CUDA device, or wherever
-``InputQuantizer.fused`` says so. A hook on the linear or on its quantizer means that somebody wants to see the linear's
-raw input, which the fused path never makes; then, too, the plain one runs.
+Which path runs is :func:`fuses`: the fused one for a static grid (behind SwiGLU also for tokens' own grids) on a CUDA
+device, or wherever ``InputQuantizer.fused`` says so. A hook on the linear or on its quantizer means that somebody wants
+to see the linear's raw input, which the fused path never makes; then, too, the plain one runs.
 """
 
 import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import training_ops
+from lit_actreg_kernels.grid import num_groups
 from torch import Tensor, nn
 
 from lit_actreg.quant.linear import QuantLinear
 
 
-def fuses(linear: nn.Module, x: Tensor) -> bool:
-    """Whether ``linear``'s quantizer is fused with what comes before it, for an input made from x."""
-    if not isinstance(linear, QuantLinear) or not linear.input_quantizer.fuses(x):
+def fuses(linear: nn.Module, x: Tensor, mode: str = "static") -> bool:
+    """Whether ``linear``'s quantizer, of this mode, is fused with what comes before it, for an input made from x."""
+    if not isinstance(linear, QuantLinear) or not linear.input_quantizer.fuses(x, mode):
         return False
     modules = (linear, linear.input_quantizer)
     return not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -86,8 +87,12 @@ def swiglu(hidden: Tensor) -> Tensor:
 
 def swiglu_linear(linear: nn.Module, hidden: Tensor) -> Tensor:
     """linear(silu(gate) · up) for hidden = [gate, up]: [..., 2H] → [..., N]."""
-    if not fuses(linear, hidden):
+    static, tokens = fuses(linear, hidden), fuses(linear, hidden, "token")
+    if not (static or tokens):
         return linear(swiglu(hidden))
     assert isinstance(linear, QuantLinear)
     q = linear.input_quantizer
+    if tokens:
+        groups = num_groups(linear.in_features, q.group_size)
+        return linear.project(training_ops.swiglu_fake_quantize_per_token(hidden, q.bits, groups))
     return linear.project(training_ops.swiglu_fake_quantize(hidden, q.low, q.high, *q.grid_options()))

@@ -31,7 +31,7 @@ class InputQuantizer(nn.Module):
         enabled: While False, inputs pass unchanged (before a delayed start). The clips then still take part
             in the graph, with zero gradients, as DistributedDataParallel wants. Changing it, or ``bits``, makes a
             compiled block compile once more.
-        fused: Whether a static grid's site runs on the fused operators (:mod:`lit_actreg.quant.fused`): None, on a CUDA
+        fused: Whether the fused operators (:mod:`lit_actreg.quant.fused`) run where there is one: None, on a CUDA
             device; True and False, everywhere and nowhere (for tests and benchmarks).
     """
 
@@ -59,10 +59,10 @@ class InputQuantizer(nn.Module):
         self.mode = config.mode(self.site)
         self.group_size = config.token_group_size if self.mode == "token" else None
 
-    def fuses(self, x: Tensor) -> bool:
-        """Whether the fused operators stand for the formula, for an input on the device of x."""
+    def fuses(self, x: Tensor, mode: str = "static") -> bool:
+        """Whether a fused operator for this mode stands for the formula, for an input on the device of x."""
         by_device = x.is_cuda and x.dtype != torch.float64  # no Triton kernel is that precise
-        return self.mode == "static" and self.enabled and (by_device if self.fused is None else self.fused)
+        return self.mode == mode and self.enabled and (by_device if self.fused is None else self.fused)
 
     def grid_options(self) -> tuple[int, bool, bool]:
         """What the fused operators want to know: bits, whether zero is exact, whether outside gradients are masked."""
