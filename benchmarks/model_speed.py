@@ -46,7 +46,7 @@ from lit_actreg.module import next_token_loss
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 from lit_actreg.quant.weight_grid import round_to_nearest
-from lit_actreg.replay import ReplayedForward, captured
+from lit_actreg.replay import captured, replay
 
 # Shape, vocabulary, and sequences of one validation batch.
 SIZES = {
@@ -184,7 +184,7 @@ def with_compiled_blocks(model: Decoder) -> Decoder:
     twin.blocks = nn.ModuleList(copy.copy(block) for block in model.blocks)
     for block in twin.blocks:
         block.compile(fullgraph=True, dynamic=False)
-    twin.forward = ReplayedForward(twin)
+    replay(twin)
     return twin
 
 

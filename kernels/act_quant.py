@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _BLOCK = 2048
-_HAS_FMA = tl.constexpr(not INTERPRETED)
+_HAS_FMA = tl.constexpr(not INTERPRETED)  # so what 16 bits take in to_code_bytes is tested on a GPU only
 # A token of up to this many elements is kept in registers between the two passes of the per-token kernel.
 _MAX_ROW_BLOCK = 16384
 

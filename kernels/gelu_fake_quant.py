@@ -7,7 +7,7 @@ y never goes to memory and is rounded to the dtype of h before it meets the grid
 writes it. The backward pass reads h and g and writes dh: 6 bytes a bfloat16 element, the floor; the table of
 :mod:`.fake_quant` is applied to y, computed again.
 
-Φ as in :mod:`.gelu_quant`, which gives φ as well: both need the same exponential.
+Φ as in :mod:`.gelu_quant`; the backward pass takes the polynomial for float32, too, and φ from the same exponential.
 
 h contiguous [..., H] or, gated, [..., 2H]; clips [1]. Partial sums as in :mod:`.fake_quant`.
 """

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import load as load_shards
 from lit_actreg.artifact import is_artifact
 from lit_actreg.compressed_tensors import read_quantization_config
 from lit_actreg.config import ModelConfig, QuantConfig
-from lit_actreg.huggingface import check_tensors, model_config, read_config
+from lit_actreg.huggingface import check_tensors, load_huggingface, model_config, read_config
 from lit_actreg.model import Decoder
 
 TOKENIZER_KEY = "tokenizer_json"
@@ -151,7 +151,12 @@ def load_lightning_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_decoder(path: Path) -> Decoder:
-    """The decoder of a .ckpt, in float32 on the CPU."""
+    """The decoder of a .ckpt or of an unquantized Hugging Face folder, without grids then; float32 on the CPU."""
+    if path.is_dir() and not is_sharded(path):
+        shape, vocab_size, weights = load_huggingface(path)
+        model = Decoder(shape, QuantConfig(activations="none"), vocab_size)
+        model.load_state_dict(weights, strict=False)  # it has no clips
+        return model.requires_grad_(False)
     checkpoint = load_lightning_checkpoint(path)
     saved = checkpoint["hyper_parameters"]
     model = Decoder(ModelConfig(**saved["shape"]), QuantConfig(**saved["quant"]), saved["vocab_size"])

@@ -21,35 +21,39 @@ def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Another thread, which pins the next batch's memory, may go on as it likes.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph
 
 
-class ReplayedForward:
-    """``forward`` of a decoder for many batches without gradients, which a GPU replays.
+class ReplayedDecoder(Decoder):
+    """A decoder that a GPU replays, for many batches without gradients; :func:`replay` makes one of any.
 
-    The first batch of a shape runs as it is; the second is recorded. What a replay returns is overwritten by the next
-    one. Everything runs as it is with gradients, in generation (``rotary`` is given then), on a CPU, and while hooks
-    wait for the decoder's modules, which a replay would not call.
+    The first batch of a shape runs as it is; the second is recorded, and keeps the memory of a forward pass for good.
+    What a replay returns is overwritten by the next one. Everything runs as it is with gradients, in generation
+    (``rotary`` is given then), on a CPU, and while hooks, which a replay would not call, wait at any module; those of
+    sharded modules do. Weights that have moved are recorded anew.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def forget(self) -> None:
+        self.place = self.embedding.weight.data_ptr()
         self.seen: set[torch.Size] = set()
         self.recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]] = {}
 
-    def __call__(
+    def forward(
         self,
         ids: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
         caches: Sequence[LayerCache] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if rotary is not None or not ids.is_cuda or torch.is_grad_enabled() or self.is_watched():
-            return Decoder.forward(self.decoder, ids, rotary, caches)
+            return super().forward(ids, rotary, caches)
+        if self.place != self.embedding.weight.data_ptr():
+            self.forget()
         if ids.shape not in self.seen:
             self.seen.add(ids.shape)
-            return Decoder.forward(self.decoder, ids)
+            return super().forward(ids)
         if ids.shape not in self.recorded:
             self.recorded[ids.shape] = self.record(ids)
         graph, mine, result = self.recorded[ids.shape]
@@ -58,11 +62,18 @@ class ReplayedForward:
         return result
 
     def is_watched(self) -> bool:
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self.decoder.modules())
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
 
     def record(self, ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]:
         with torch.inference_mode(False):  # or nobody could write it outside of that mode
             mine = ids.clone()
         results: list[tuple[Tensor, Tensor]] = []
-        graph = captured(lambda: results.append(Decoder.forward(self.decoder, mine)))
+        graph = captured(lambda: results.append(Decoder.forward(self, mine)))
         return graph, mine, results[-1]
+
+
+def replay(decoder: Decoder) -> None:
+    """Makes a decoder a :class:`ReplayedDecoder`, in place."""
+    decoder.__class__ = ReplayedDecoder
+    assert isinstance(decoder, ReplayedDecoder)
+    decoder.forget()

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_actreg.artifact import is_artifact, read_artifact
-from lit_actreg.checkpoint import TOKENIZER_KEY, is_sharded, load_decoder, load_lightning_checkpoint
+from lit_actreg.checkpoint import load_decoder, read_checkpoint_info
 from lit_actreg.config import QuantConfig
 from lit_actreg.contracts import Quantizer
 from lit_actreg.data.datamodule import TextDataModule
@@ -88,25 +88,24 @@ def plain(part: Any) -> dict[str, Any]:
     return {"class": f"{type(part).__module__}.{type(part).__qualname__}", **options}
 
 
-def common_bits(checkpoints: dict[str, Path]) -> int:
+def common_bits(checkpoints: dict[str, Path], cache_dir: Path) -> int:
     """Bits of the checkpoints' activations; refuses those whose numbers could not stand in one table."""
     if not checkpoints:
         raise ValueError("checkpoints is empty: name .ckpt files, for instance '{ours: runs/a/last.ckpt}'")
     bits: dict[str, int] = {}
     first: tuple[str, Any, Any] | None = None
     for name, path in checkpoints.items():
-        if not path.exists() or (path.is_dir() and not is_sharded(path)):
-            what = "is a folder of weights" if path.exists() else "does not exist"
-            raise ValueError(f"checkpoints {name}: {path} {what}: `table` compares .ckpt files of fits, name those")
-        checkpoint = load_lightning_checkpoint(path)
-        quant = QuantConfig(**checkpoint["hyper_parameters"]["quant"])
+        if is_artifact(path):
+            raise ValueError(f"checkpoints {name}: {path} is quantized: name the checkpoint that it was made from")
+        info = read_checkpoint_info(path, cache_dir)
+        quant = info.quant or QuantConfig(activations="none")
         if quant.activations in ("rotated", "quest"):
             raise ValueError(
                 f'{name} was trained with activations "{quant.activations}", which no artifact holds: validate it'
             )
         if quant.activations != "none":
             bits[name] = quant.activation_bits
-        text, vocab_size = checkpoint.get(TOKENIZER_KEY), checkpoint["hyper_parameters"]["vocab_size"]
+        text, vocab_size = info.tokenizer and info.tokenizer.read_text(), info.vocab_size
         first = first or (name, text, vocab_size)
         if (text, vocab_size) != first[1:]:
             what = "tokenizer" if text != first[1] else "vocab_size"
@@ -141,7 +140,7 @@ def fill_table(
     """Computes what is missing from ``output/results.json`` and returns all of it.
 
     Args:
-        checkpoints: .ckpt files by the name of their row; their tokenizer is the data's.
+        checkpoints: .ckpt files or Hugging Face folders by the name of their row; their tokenizer is the data's.
         quantizers: One pair of columns each.
         data: A prepared DataModule; its validation split is the text.
         output: Folder of artifacts, results, table and picture.
@@ -151,7 +150,7 @@ def fill_table(
         precision: What ``convert`` is and its options (:func:`plain`).
         limit_val_batches: The first so many batches, or share of the batches, are the text.
     """
-    weights, activation_bits = ["W16", *weight_names(quantizers)], common_bits(checkpoints)
+    weights, activation_bits = ["W16", *weight_names(quantizers)], common_bits(checkpoints, data.cache_dir)
     sequences = num_sequences(data, limit_val_batches)
     num_batches = math.ceil(sequences / data.batch_size)
     output.mkdir(parents=True, exist_ok=True)
@@ -164,8 +163,9 @@ def fill_table(
 
     progress = tqdm(total=len(checkpoints) * len(weights) * 2, desc="table", unit="perplexity")
     for name, path in checkpoints.items():
-        row, status = known.setdefault(name, {}), path.stat()
-        file = [str(path.resolve()), status.st_mtime, status.st_size]
+        row = known.setdefault(name, {})
+        parts = [part.stat() for part in (path.rglob("*") if path.is_dir() else [path])]
+        file = [str(path.resolve()), max(part.st_mtime for part in parts), sum(part.st_size for part in parts)]
         for label, quantizer in zip(weights, [None, *quantizers], strict=True):
             folder = output / f"{name}-{label.replace(' ', '-')}".lower()
             artifact: dict[str, Any] = {"checkpoint": file, "text": data.packed_folder.name}

@@ -17,7 +17,7 @@ from lit_actreg.data.tokenizer import load_tokenizer
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.quant.clips import ClipMethod
 from lit_actreg.quantize import quantize_model
-from lit_actreg.table import fill_table, plain, write_table
+from lit_actreg.table import common_bits, fill_table, plain, weight_names, write_table
 
 
 def another_process_does_it() -> bool:
@@ -119,7 +119,7 @@ class ActRegTrainer(Trainer):
         Args:
             model: Not used: every checkpoint brings its own.
             datamodule: The text: training split for calibration, validation split for perplexity.
-            checkpoints: .ckpt files by the name of their row.
+            checkpoints: .ckpt files, or unquantized Hugging Face folders, by the name of their row.
             quantizers: What turns weights into codes; one pair of columns each.
             output: Folder of the artifacts, of table.csv and table.png; what it already holds is not computed again.
             calibration_tokens: Tokens of the training text that calibration sees.
@@ -127,9 +127,11 @@ class ActRegTrainer(Trainer):
         if another_process_does_it():
             return
         assert isinstance(datamodule, TextDataModule)
+        paths = {name: Path(path) for name, path in checkpoints.items()}
+        common_bits(paths, datamodule.cache_dir)  # refuses what it would refuse after packing
+        weight_names(quantizers)
         datamodule.prepare_data()
         datamodule.setup("table")
-        paths = {name: Path(path) for name, path in checkpoints.items()}
         results = fill_table(
             paths,
             quantizers,

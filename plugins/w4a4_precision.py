@@ -26,7 +26,7 @@ from torch import nn
 
 from lit_actreg.model import Block, Decoder
 from lit_actreg.quant.quantized_linear import QuantizedLinear, int4_obstacle
-from lit_actreg.replay import ReplayedForward
+from lit_actreg.replay import replay
 
 
 def int4_linear(linear: QuantizedLinear) -> Int4Linear:
@@ -88,7 +88,7 @@ class W4A4Precision(Precision):
         num_fused = fuse_blocks(module)
         for part in module.modules():  # the quantized layers' scales stay float32
             if isinstance(part, Decoder):
-                part.forward = ReplayedForward(part)  # type: ignore[method-assign]
+                replay(part)
             if not isinstance(part, QuantizedLinear | Int4Linear):
                 for parameter in part.parameters(recurse=False):
                     parameter.data = parameter.data.to(self.dtype)

@@ -313,7 +313,7 @@ def test_help_names_the_options_and_what_they_mean(subcommand, capsys):
         "in nats per unit of kurtosis",
         "Optimizer steps at which the clips are set from the batch",
     ]
-    own = {"quantize": "What turns weights into codes", "table": ".ckpt files by the name of their row"}
+    own = {"quantize": "What turns weights into codes", "table": "Hugging Face folders, by the name of their row"}
     for words in [*expected, *([own[subcommand]] if subcommand in own else [])]:
         assert words in text, words
 

@@ -1,5 +1,8 @@
 """A decoder's forward pass as a CUDA graph gives what it gives without."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from lit_actreg_plugins.rtn import RTN
@@ -11,38 +14,48 @@ from lit_actreg.config import SITES, QuantConfig
 from lit_actreg.model import Decoder
 from lit_actreg.quant.observe import observe_inputs
 from lit_actreg.quantize import quantize_model
-from lit_actreg.replay import ReplayedForward
+from lit_actreg.replay import ReplayedDecoder, replay
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_on_a_cpu_everything_runs_as_it_is():
     model, ids = small_decoder("neox", QuantConfig()), text_ids(2)
-    replayed = ReplayedForward(model)
     expected = model(ids)[0]
+    replay(model)
     for _ in range(3):
-        torch.testing.assert_close(replayed(ids)[0], expected, rtol=0, atol=0)
-    assert not replayed.recorded
+        torch.testing.assert_close(model(ids)[0], expected, rtol=0, atol=0)
+    assert not model.recorded
+
+
+def test_nothing_keeps_it_alive():
+    model = small_decoder("neox", QuantConfig())
+    replay(model)
+    weight = weakref.ref(model.embedding.weight)
+    gc.disable()
+    del model
+    assert weight() is None
+    gc.enable()
 
 
 @needs_gpu
 @pytest.mark.parametrize("grad", [False, True])
 def test_batches_of_two_shapes(grad):
     model = small_decoder("neox", QuantConfig(activations="none")).cuda().requires_grad_(grad)
-    replayed = ReplayedForward(model)
+    replay(model)
     batches = [text_ids(count).cuda().roll(i, 1) for i, count in enumerate((4, 4, 4, 2, 4, 2, 2))]
     with torch.set_grad_enabled(grad):
         for ids in batches:
-            found, expected = replayed(ids)[0], Decoder.forward(model, ids)[0]
+            found, expected = model(ids)[0], Decoder.forward(model, ids)[0]
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
             assert found.requires_grad == grad
-    assert len(replayed.recorded) == (0 if grad else 2)
+    assert len(model.recorded) == (0 if grad else 2)
 
 
 @needs_gpu
 def test_hooks_see_every_batch():
     model = small_decoder("neox", QuantConfig(activations="none")).cuda()
-    model.forward = ReplayedForward(model)
+    replay(model)
     with torch.no_grad():
         for i in range(3):
             model(text_ids(4).cuda())
@@ -54,12 +67,26 @@ def test_hooks_see_every_batch():
 @needs_gpu
 def test_recorded_in_inference_mode_and_replayed_outside():
     model = small_decoder("neox", QuantConfig(activations="none")).cuda()
-    replayed, ids = ReplayedForward(model), text_ids(4).cuda()
+    replay(model)
+    ids = text_ids(4).cuda()
     with torch.inference_mode():
         for _ in range(3):
-            expected = replayed(ids)[0].clone()
+            expected = model(ids)[0].clone()
     with torch.no_grad():
-        torch.testing.assert_close(replayed(ids)[0], expected)
+        torch.testing.assert_close(model(ids)[0], expected)
+
+
+@needs_gpu
+def test_weights_that_have_moved_are_recorded_anew():
+    model, ids = small_decoder("neox", QuantConfig(activations="none")).cuda(), text_ids(4).cuda()
+    replay(model)
+    with torch.no_grad():
+        for _ in range(3):
+            expected = model(ids)[0].clone()
+        for parameter in model.parameters():
+            parameter.data = 2 * parameter.data
+        assert not torch.allclose(model(ids)[0], expected)
+        torch.testing.assert_close(model(ids)[0], Decoder.forward(model, ids)[0])
 
 
 @needs_gpu
@@ -67,10 +94,9 @@ def test_integer_kernels_are_replayed_bit_for_bit(tmp_path):
     model = small_decoder("neox", QuantConfig())
     quantize_model(model, RTN(), [text_ids(4)], tmp_path)
     served = W4A4Precision("bfloat16").convert_module(read_artifact(tmp_path)).cuda()
-    assert isinstance(served, Decoder)
-    assert isinstance(served.forward, ReplayedForward)
+    assert isinstance(served, ReplayedDecoder)
     with torch.no_grad():
         for shift in range(4):
             ids = text_ids(4).cuda().roll(shift, 1)
             torch.testing.assert_close(served(ids)[0], Decoder.forward(served, ids)[0], rtol=0, atol=0)
-    assert len(served.forward.recorded) == 1
+    assert len(served.recorded) == 1

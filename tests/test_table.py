@@ -11,11 +11,13 @@ import pytest
 import torch
 from lit_actreg_plugins.rtn import RTN
 from lit_actreg_plugins.w4a4_precision import W4A4Precision
+from safetensors.torch import save_file
 
 from lit_actreg.artifact import read_artifact
 from lit_actreg.checkpoint import TOKENIZER_KEY, load_decoder
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.data.datamodule import TextDataModule
+from lit_actreg.huggingface import huggingface_config, to_huggingface
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.table import fill_table, perplexity, plain, weight_names, with_activations, write_table
 from lit_actreg.trainer import ActRegTrainer
@@ -56,6 +58,19 @@ def checkpoint(path: Path, activations: str, bits: int = 4, tokenizer: str = "{}
 
 def table(checkpoints, quantizers, data, output, calibration_tokens=256, **options):
     return fill_table(checkpoints, quantizers, data, output, calibration_tokens, CPU, lambda model: model, **options)
+
+
+def test_a_hugging_face_folder_is_a_row(tmp_path, data):
+    path = checkpoint(tmp_path / "none.ckpt", "none")
+    model, folder = load_decoder(path), tmp_path / "hub"
+    folder.mkdir()
+    save_file(to_huggingface(model.config, model.state_dict()), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(huggingface_config(model.config, model.vocab_size)))
+    (folder / "tokenizer.json").write_text("{}")
+    results = table({"fit": path, "hub": folder}, [RTN(bits=4)], data, tmp_path / "table")
+    assert results["hub"] == pytest.approx(results["fit"], rel=1e-6)
+    with pytest.raises(ValueError, match=r"checkpoints a: .* is quantized: name the checkpoint that it was made from"):
+        table({"a": tmp_path / "table" / "fit-w4-rtn"}, [RTN(bits=4)], data, tmp_path / "other")
 
 
 def test_columns_are_what_their_names_say(tmp_path, data):

@@ -107,8 +107,7 @@ class QuantLinear(nn.Linear):
         if not (x_hat.is_cuda and torch.is_autocast_enabled("cuda") and self.weight.dtype == torch.float32):
             return F.linear(x_hat, self.weight, self.bias)
         dtype = torch.get_autocast_dtype("cuda")
-        y = training_ops.narrow_linear(x_hat.to(dtype), self.weight)
-        return y if self.bias is None else y + self.bias.to(dtype)
+        return training_ops.narrow_linear(x_hat.to(dtype), self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.input_quantizer(x))
