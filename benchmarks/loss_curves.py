@@ -12,6 +12,7 @@ import csv
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from named_runs import named_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 Curve = dict[int, float]  # optimizer step → loss
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=5, help="logged steps that are averaged")
     parser.add_argument("--out", type=Path, required=True, help="path of both files, without their endings")
     arguments = parser.parse_args()
-    folders = {name: Path(folder) for name, _, folder in (run.partition("=") for run in arguments.runs)}
+    folders = named_runs(parser, arguments.runs)
     if arguments.baseline not in folders:
         parser.error(f"--baseline {arguments.baseline} is none of the runs {list(folders)}: name one of them")
     curves = {name: read_curve(folder, "train/loss") for name, folder in folders.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+from named_runs import named_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_actreg.quant.statistics import OUTLIER_RATIO
@@ -65,8 +66,7 @@ def main() -> None:
     parser.add_argument("--site", default="qkv", choices=["qkv", "attn_proj", "mlp_in", "mlp_proj"])
     parser.add_argument("--out", type=Path, required=True, help="path of both files, without their endings")
     arguments = parser.parse_args()
-    folders = {name: Path(folder) for name, _, folder in (run.partition("=") for run in arguments.runs)}
-    maps = {name: read_map(folder, arguments.site) for name, folder in folders.items()}
+    maps = {name: read_map(folder, arguments.site) for name, folder in named_runs(parser, arguments.runs).items()}
     with arguments.out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "step", "block", "largest_ratio", "share"])
@@ -75,6 +75,7 @@ def main() -> None:
                 for block, (ratio, share) in sorted(blocks.items()):
                     writer.writerow([name, step, block, f"{ratio:.3g}", f"{share:.3g}"])
     draw(maps, arguments.site).savefig(arguments.out.with_suffix(".png"), dpi=110)
+    print(f"{arguments.out}.png, {arguments.out}.csv")
 
 
 if __name__ == "__main__":

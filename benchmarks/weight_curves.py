@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from matplotlib.figure import Figure
+from named_runs import named_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_actreg.config import SITES
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--out", type=Path, required=True, help="path of both files, without their endings")
     options = parser.parse_args()
-    runs = {name: read_curves(Path(folder)) for name, _, folder in (run.partition("=") for run in options.runs)}
+    runs = {name: read_curves(folder) for name, folder in named_runs(parser, options.runs).items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{options.out}.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

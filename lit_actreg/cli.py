@@ -189,7 +189,8 @@ class ActRegCLI(LightningCLI):
         elif options.model.quant is None and subcommand != "fit":  # a model without clips: none are made up for it
             activations = "token" if subcommand == "quantize" else "none"
             options.model.quant = Namespace(as_plain(QuantConfig(activations=activations)))  # type: ignore[arg-type]
-            rank_zero_info(f'{path} has no clips: --model.quant.activations is "{activations}"')
+            if subcommand != "table":
+                rank_zero_info(f'{path} has no clips: --model.quant.activations is "{activations}"')
         if subcommand != "fit" and not several and not options.get("calibrate"):
             wanted, learned = QuantConfig(**options.model.quant), info.quant or QuantConfig(activations="none")
             unlearned = sorted(set(wanted.clipped_sites) - set(learned.clipped_sites))

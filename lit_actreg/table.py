@@ -31,6 +31,7 @@ from lit_actreg.config import QuantConfig
 from lit_actreg.contracts import Quantizer
 from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.data.packed import IGNORE
+from lit_actreg.data.tokenizer import what_gives_ids
 from lit_actreg.model import Decoder
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 from lit_actreg.quantize import quantize_model
@@ -89,11 +90,15 @@ def plain(part: Any) -> dict[str, Any]:
 
 
 def common_bits(checkpoints: dict[str, Path], cache_dir: Path) -> int:
-    """Bits of the checkpoints' activations; refuses those whose numbers could not stand in one table."""
+    """Bits of the checkpoints' activations; refuses those whose numbers could not stand in one table.
+
+    A Hugging Face folder without a tokenizer is taken to have the table's.
+    """
     if not checkpoints:
         raise ValueError("checkpoints is empty: name .ckpt files, for instance '{ours: runs/a/last.ckpt}'")
     bits: dict[str, int] = {}
-    first: tuple[str, Any, Any] | None = None
+    tokenizers: dict[str, Any] = {}
+    vocab_sizes: dict[str, Any] = {}
     for name, path in checkpoints.items():
         if is_artifact(path):
             raise ValueError(f"checkpoints {name}: {path} is quantized: name the checkpoint that it was made from")
@@ -105,13 +110,15 @@ def common_bits(checkpoints: dict[str, Path], cache_dir: Path) -> int:
             )
         if quant.activations != "none":
             bits[name] = quant.activation_bits
-        text, vocab_size = info.tokenizer and info.tokenizer.read_text(), info.vocab_size
-        first = first or (name, text, vocab_size)
-        if (text, vocab_size) != first[1:]:
-            what = "tokenizer" if text != first[1] else "vocab_size"
+        if info.tokenizer is not None:
+            tokenizers[name] = what_gives_ids(info.tokenizer)
+        vocab_sizes[name] = info.vocab_size
+    for what, found in (("tokenizer", tokenizers), ("vocab_size", vocab_sizes)):
+        first = next(iter(found), "")
+        if different := [name for name in found if found[name] != found[first]]:
             raise ValueError(
-                f"checkpoints {name} has another {what} than {first[0]}, so their perplexities are of other tokens: "
-                "give it a table of its own"
+                f"checkpoints {different[0]} has another {what} than {first}, so their perplexities are of other "
+                "tokens: give it a table of its own"
             )
     if len(set(bits.values())) > 1:
         raise ValueError(f"checkpoints have activations of different bits, {bits}: give each a table of its own")
@@ -164,8 +171,8 @@ def fill_table(
     progress = tqdm(total=len(checkpoints) * len(weights) * 2, desc="table", unit="perplexity")
     for name, path in checkpoints.items():
         row = known.setdefault(name, {})
-        parts = [part.stat() for part in (path.rglob("*") if path.is_dir() else [path])]
-        file = [str(path.resolve()), max(part.st_mtime for part in parts), sum(part.st_size for part in parts)]
+        parts = sorted(path.rglob("*")) if path.is_dir() else [path]
+        file = [str(path.resolve()), *([part.name, part.stat().st_mtime_ns, part.stat().st_size] for part in parts)]
         for label, quantizer in zip(weights, [None, *quantizers], strict=True):
             folder = output / f"{name}-{label.replace(' ', '-')}".lower()
             artifact: dict[str, Any] = {"checkpoint": file, "text": data.packed_folder.name}

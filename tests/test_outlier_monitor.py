@@ -173,6 +173,17 @@ def test_validate_looks_once_without_training(corpus, style):
             assert list(engine.logger.of(f"outliers_{site}/largest_ratio_{layer:02d}")) == [0]
 
 
+def test_validate_of_a_checkpoint_looks_at_its_step_once_more(corpus, tmp_path):
+    engine, _ = fit(corpus, [OutlierMonitor(every_n_steps=2, num_tokens=64)], steps=4)
+    engine.save_checkpoint(tmp_path / "x.ckpt")
+    monitor = OutlierMonitor(every_n_steps=2, num_tokens=64)
+    engine = trainer([monitor], limit_val_batches=1)
+    engine.validate(lit_module(), datamodule=datamodule(corpus), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    assert list(engine.logger.of("outliers_qkv/share_00")) == [4]
+    assert monitor.steps == [0, 2, 4]
+    assert len(monitor.shares) == len(monitor.channels) == 3
+
+
 def test_the_validation_that_closes_a_fit_looks_where_the_fit_has_not(corpus):
     """``fit`` on the command line ends with one; the last step's numbers are logged once."""
     for steps, expected in ((4, [0, 2, 4]), (5, [0, 2, 4, 5])):

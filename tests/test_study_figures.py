@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 def run(monkeypatch, script: str, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
 
 
@@ -67,6 +68,14 @@ def test_weight_curves_want_a_fits_weights(monkeypatch, tmp_path):
     write_run(tmp_path / "a", [0, 10], 0.0)
     with pytest.raises(SystemExit, match="no outlier snapshot of a fit's weights"):
         run(monkeypatch, "weight_curves.py", f"a={tmp_path / 'a'}", "--out", str(tmp_path / "curves"))
+
+
+@pytest.mark.parametrize("mistake", ["runs/x", "a=nowhere"])
+@pytest.mark.parametrize("script", ["outlier_maps.py", "weight_curves.py"])
+def test_what_is_no_name_and_folder_is_said(monkeypatch, capsys, tmp_path, script, mistake):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, script, mistake, "--out", str(tmp_path / "x"))
+    assert "give NAME=FOLDER, a folder of event files" in capsys.readouterr().err
 
 
 def test_a_sweep_has_a_place_for_zero(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ And a number that is there already stands only for what it was made from.
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from lit_actreg_plugins.rtn import RTN
 from lit_actreg_plugins.w4a4_precision import W4A4Precision
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, processors
 
 from lit_actreg.artifact import read_artifact
 from lit_actreg.checkpoint import TOKENIZER_KEY, load_decoder
@@ -40,7 +42,17 @@ def data(tmp_path: Path) -> TextDataModule:
     return text(tmp_path)
 
 
-def checkpoint(path: Path, activations: str, bits: int = 4, tokenizer: str = "{}", vocab_size: int = 300) -> Path:
+def tokenizer(*entries: str, **settings) -> str:
+    made = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token=entries[0]))
+    for name, value in settings.items():
+        setattr(made, name, value)
+    return made.to_str()
+
+
+WORDS = tokenizer("a", "b")
+
+
+def checkpoint(path: Path, activations: str, bits: int = 4, tokenizer: str = WORDS, vocab_size: int = 300) -> Path:
     torch.manual_seed(0)
     module = LitLanguageModel(
         ModelConfig(num_layers=2, width=32, num_heads=2, context=16, init_std=0.3),
@@ -66,9 +78,17 @@ def test_a_hugging_face_folder_is_a_row(tmp_path, data):
     folder.mkdir()
     save_file(to_huggingface(model.config, model.state_dict()), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(huggingface_config(model.config, model.vocab_size)))
-    (folder / "tokenizer.json").write_text("{}")
+    # the same ids from another file, and none: then it is the table's
+    (folder / "tokenizer.json").write_text(tokenizer("a", "b", post_processor=processors.TemplateProcessing()) + "\n")
     results = table({"fit": path, "hub": folder}, [RTN(bits=4)], data, tmp_path / "table")
     assert results["hub"] == pytest.approx(results["fit"], rel=1e-6)
+    (folder / "tokenizer.json").unlink()
+    assert table({"fit": path, "hub": folder}, [RTN(bits=4)], data, tmp_path / "table") == results
+    weights = folder / "model.safetensors"
+    status = weights.stat()
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))  # an older file of the same size
+    assert table({"hub": folder}, [], data, tmp_path / "table")["hub"]["W16A16"] != results["hub"]["W16A16"]
     with pytest.raises(ValueError, match=r"checkpoints a: .* is quantized: name the checkpoint that it was made from"):
         table({"a": tmp_path / "table" / "fit-w4-rtn"}, [RTN(bits=4)], data, tmp_path / "other")
 
@@ -174,7 +194,7 @@ def test_the_first_batches_are_the_text_where_their_number_is_limited(tmp_path, 
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"tokenizer": '{"version": "1.0"}'}, "other has another tokenizer than ours"),
+        ({"tokenizer": tokenizer("b", "a")}, "other has another tokenizer than ours"),
         ({"vocab_size": 310}, "other has another vocab_size than ours"),
         ({"bits": 8}, r"activations of different bits, \{'ours': 4, 'other': 8\}"),
     ],

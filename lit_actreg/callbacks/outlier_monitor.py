@@ -97,7 +97,7 @@ class OutlierMonitor(Callback):
         self.steps: list[int] = []
         self.shares: list[list[list[float]]] = []  # snapshot × block × site
         self.channels: list[list[float]] = []  # snapshot × channel of the chosen layer
-        self._last_step = -1
+        self._last_step, self._loaded_step = -1, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "shares": self.shares, "channels": self.channels}
@@ -105,6 +105,9 @@ class OutlierMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self.shares, self.channels = state_dict["steps"], state_dict["shares"], state_dict["channels"]
         self._last_step = self.steps[-1] if self.steps else -1
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaded_step = checkpoint["global_step"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, LitLanguageModel)
@@ -134,7 +137,8 @@ class OutlierMonitor(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(module, LitLanguageModel)
         assert isinstance(data, TextDataModule)
-        step, started = trainer.global_step, time.perf_counter()
+        validates = trainer.state.fn == "validate"
+        step, started = trainer.global_step or (self._loaded_step if validates else 0), time.perf_counter()
         self._last_step = step
         blocks = data.blocks["valid"]
         num_rows = max(1, min(len(blocks), self.num_tokens // (blocks[0].shape[-1] - 1)))
@@ -161,13 +165,16 @@ class OutlierMonitor(Callback):
         if trainer.logger is None or not trainer.is_global_zero:
             return
         trainer.logger.log_metrics(numbers, step)
+        if self.steps[-1:] == [step]:  # a validation sees again what its fit has seen
+            for kept in (self.steps, self.channels, self.shares):
+                kept.pop()
         self.steps.append(step)
         self.channels.append(chosen["mean_abs"].tolist())
         by_pair = {pair: float(share) for pair, share in shares.items()}
         sites = list(dict.fromkeys(site for _, site in by_pair))
         layers = sorted({layer for layer, _ in by_pair})
         self.shares.append([[by_pair[layer, site] for site in sites] for layer in layers])
-        due = self.pictures_every and (len(self.steps) - 1) % self.pictures_every == 0
+        due = self.pictures_every and (validates or (len(self.steps) - 1) % self.pictures_every == 0)
         if due and isinstance(trainer.logger, TensorBoardLogger):
             writer = trainer.logger.experiment
             where = f"{self.site}, block {self.layer}"

@@ -6,9 +6,11 @@ the same documents give the same merges. One special token, ``<|endoftext|>`` (i
 every document.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -60,12 +62,18 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     if entries > vocab_size:
         raise ValueError(
             f"tokenizer {str(path)!r} has {entries} entries, more than data.vocab_size {vocab_size}: "
-            f"set data.vocab_size to {entries} or more"
+            f"set data.vocab_size to {entries} or more, or where a model fixes it name that model's tokenizer"
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     end_of_text(tokenizer, path)
     return tokenizer
+
+
+def what_gives_ids(path: Path) -> dict[str, Any]:
+    """What of a tokenizer.json decides the ids of a text, however the file is written: no special tokens are added."""
+    read = json.loads(Tokenizer.from_file(str(path)).to_str())
+    return {part: read[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
 
 
 def end_of_text(tokenizer: Tokenizer, path: Path) -> int:
