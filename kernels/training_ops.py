@@ -224,10 +224,11 @@ def _backward_of_narrow_linear(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]
         dx = g @ weight.to(x.dtype)
     if ctx.needs_input_grad[1]:
         x_rows = x.reshape(-1, x.shape[-1])
-        if x.is_cuda:
-            d_weight = torch.mm(rows.t(), x_rows, out_dtype=weight.dtype)
-        else:
-            d_weight = rows.t().to(weight.dtype) @ x_rows.to(weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # compiled, a backward pass is under the forward's autocast
+            if x.is_cuda:
+                d_weight = torch.mm(rows.t(), x_rows, out_dtype=weight.dtype)
+            else:
+                d_weight = rows.t().to(weight.dtype) @ x_rows.to(weight.dtype)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         d_bias = rows.sum(0, dtype=weight.dtype)
     return dx, d_weight, d_bias

@@ -59,6 +59,16 @@ def test_a_narrow_linears_weight_gradient_is_not_rounded(shape, has_bias):
         torch.testing.assert_close(bias.grad.double(), g.double().reshape(-1, 24).sum(0), rtol=1e-5, atol=1e-5)
 
 
+def test_compiled_its_backward_pass_is_not_autocast():
+    x, weight, g = torch.randn(50, 32, device=DEVICE).bfloat16(), leaf(24, 32), torch.randn(50, 24, device=DEVICE)
+    run = torch.compile(lambda x: training_ops.narrow_linear(x, weight, None), fullgraph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = run(x)
+    y.backward(g.bfloat16())
+    exact = g.bfloat16().double().t() @ x.double()
+    torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_bias", [False, True])
