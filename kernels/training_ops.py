@@ -10,7 +10,6 @@ and, not about quantization but as near to the linears:
 
     token_kurtosis            y → y, κ̄
     swiglu                    [gate, up] → silu(gate) · up
-    narrow_linear             x → x Wᵀ + b in 16 bits, with dW and db in the 32 of W and b
 
 Each is a ``torch.library.triton_op`` whose backward is one too (kurtosis: an autograd.Function around two): eager
 PyTorch, activation checkpointing, DDP and FSDP2 see ordinary operators, torch.compile sees through them to the kernels,
@@ -196,45 +195,6 @@ swiglu_fake_quantize_per_token.register_autograd(
     lambda ctx, g: (_swiglu_backward(g, *ctx.saved_tensors), None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
 )
-
-
-# A linear whose weight is wider than what it multiplies
-
-
-@torch.library.triton_op("lit_actreg::narrow_linear", mutates_args=())
-def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b [..., N] in the dtype of x [..., K], which is narrower than that of W and b; dW and db have theirs.
-
-    Autocast would round dW to the dtype of x and make it wide again: two passes over it that are not needed.
-    """
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def _keep_narrow_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight)
-
-
-def _backward_of_narrow_linear(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    dx = d_weight = d_bias = None
-    rows = g.reshape(-1, g.shape[-1])
-    if ctx.needs_input_grad[0]:
-        dx = g @ weight.to(x.dtype)
-    if ctx.needs_input_grad[1]:
-        x_rows = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):  # compiled, a backward pass is under the forward's autocast
-            if x.is_cuda:
-                d_weight = torch.mm(rows.t(), x_rows, out_dtype=weight.dtype)
-            else:
-                d_weight = rows.t().to(weight.dtype) @ x_rows.to(weight.dtype)
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        d_bias = rows.sum(0, dtype=weight.dtype)
-    return dx, d_weight, d_bias
-
-
-narrow_linear.register_autograd(_backward_of_narrow_linear, setup_context=_keep_narrow_linear)
 
 
 # The norms: x → x̂, gate; and x, y → x′, x̂

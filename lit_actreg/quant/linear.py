@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import training_ops
 from lit_actreg_kernels.grid import num_groups
+from lit_actreg_kernels.narrow_linear import narrow_linear
 from torch import Tensor, nn
 
 from lit_actreg.config import QuantConfig, Site
@@ -107,7 +108,7 @@ class QuantLinear(nn.Linear):
         if not (x_hat.is_cuda and torch.is_autocast_enabled("cuda") and self.weight.dtype == torch.float32):
             return F.linear(x_hat, self.weight, self.bias)
         dtype = torch.get_autocast_dtype("cuda")
-        return training_ops.narrow_linear(x_hat.to(dtype), self.weight, self.bias)
+        return narrow_linear(x_hat.to(dtype), self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.input_quantizer(x))
