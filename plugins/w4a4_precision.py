@@ -87,7 +87,7 @@ class W4A4Precision(Precision):
             raise ValueError("W4A4Precision found no quantized linear: give `validate` a folder that `quantize` wrote")
         num_fused = fuse_blocks(module)
         for part in module.modules():  # the quantized layers' scales stay float32
-            if isinstance(part, Decoder):
+            if type(part) is Decoder:  # FSDP2 has made a sharded one another class, which it must stay
                 replay(part)
             if not isinstance(part, QuantizedLinear | Int4Linear):
                 for parameter in part.parameters(recurse=False):

@@ -13,8 +13,10 @@ from torch import nn
 
 from lit_actreg.artifact import read_artifact
 from lit_actreg.config import SITES, QuantConfig
+from lit_actreg.model import Decoder
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 from lit_actreg.quantize import quantize_model
+from lit_actreg.replay import ReplayedDecoder
 
 
 def artifact(folder, quantizer=None, quant=None):
@@ -66,6 +68,17 @@ def test_bfloat16_reaches_all_but_the_scales(tmp_path):
     assert model.head.weight is model.embedding.weight
     assert model.blocks[0].qkv.weight_scale.dtype == torch.float32
     assert model.logits(model(text_ids(1))[0]).dtype == torch.bfloat16
+
+
+def test_decoders_are_replayed_unless_they_are_of_another_class(tmp_path):
+    assert type(W4A4Precision().convert_module(artifact(tmp_path))) is ReplayedDecoder
+
+    class ShardedDecoder(Decoder):
+        pass
+
+    sharded = read_artifact(tmp_path)
+    sharded.__class__ = ShardedDecoder
+    assert type(W4A4Precision().convert_module(sharded)) is ShardedDecoder
 
 
 def test_a_model_without_quantized_linears_is_refused():
