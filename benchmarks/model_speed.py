@@ -12,6 +12,7 @@ shape, the same loop and bfloat16 between the linears.
 with blocks and loss compiled. **generation**: the step of :mod:`lit_actreg.generate` as a CUDA graph at batch 1, with
 blocks eager and compiled. Candidates take turns, round by round; a figure is the median over rounds, the spread is from
 the 10th to the 90th percentile, and a speed-up is over the *fastest* bfloat16 candidate of its case.
+A validation batch is a replayed CUDA graph (:mod:`lit_actreg.replay`) of every candidate but eager bfloat16.
 
 Nothing is printed unless these checks pass:
 

@@ -15,8 +15,8 @@ A channel of a linear's input is an *outlier channel* if its mean |x| exceeds 6 
 and ``outliers/snapshot_seconds``, what that took; now and then also three pictures
 (:mod:`lit_actreg.callbacks.pictures`) and a histogram of channel ratios.
 
-The pass is eager and recompiles nothing. It also runs once at the start of ``validate``, on any checkpoint, and so
-at the end of a fit, whatever its last step.
+The pass is eager and recompiles nothing. It also runs once at the start of ``validate``, on any checkpoint and at its
+step, and so at the end of a fit, whatever its last step.
 """
 
 import time
