@@ -3,9 +3,10 @@
     q = clamp(round(x / s + z), −2^(b−1), 2^(b−1) − 1)                                      (:mod:`.grid`)
 
 Codes must equal :func:`.grid.quantize` bit for bit, so the division is the IEEE one (`div_rn`, or what gives the same
-for 16 bits: :func:`to_code_bytes`; Triton's `/` is an approximation) and rounding is half to even. The latter is had by adding and subtracting 1.5 · 2^23: float32 numbers of
-that size are the integers, so the addition itself rounds. It is exact here because the clamp comes first (clamping to
-integers and rounding commute), and it runs in the interpreter too, where libdevice's `rint` does not.
+for 16 bits: :func:`to_code_bytes`; Triton's `/` is an approximation) and rounding is half to even. The latter is had by
+adding and subtracting 1.5 · 2^23: float32 numbers of that size are the integers, so the addition itself rounds. It is
+exact here because the clamp comes first (clamping to integers and rounding commute), and it runs in the interpreter
+too, where libdevice's `rint` does not.
 
 The kernels are bound by memory: 2 bytes in and 1 out a bfloat16 element.
 
