@@ -20,11 +20,15 @@ def run(monkeypatch, script: str, *arguments: str) -> None:
 
 
 def write_run(folder: Path, steps: list[int], offset: float) -> None:
+    """One more event file. A fit's are named by the second they begin in, and read in that order; these by a number."""
+    earlier = set(folder.glob("*"))
     with SummaryWriter(str(folder)) as writer:
         for step in steps:
             for block in range(3):
                 writer.add_scalar(f"outliers_qkv/largest_ratio_{block:02d}", step + block + offset, step)
                 writer.add_scalar(f"outliers_qkv/share_{block:02d}", block / 10, step)
+    (made,) = set(folder.glob("*")) - earlier
+    made.rename(folder / f"events.out.tfevents.{len(earlier):010d}.test")
 
 
 def test_outlier_maps_take_a_step_that_was_logged_twice_once(monkeypatch, tmp_path):
