@@ -44,9 +44,7 @@ from lit_actreg.quant.observe import observe_inputs
 from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
 
 STEPS = 4
-# as the callback has them
-KURTOSIS = LossTerm(partial(token_kurtosis, every_nth_token=4), tap=partial(tap_token_kurtosis, every_nth_token=4))
-KURTOSIS_WEIGHT = 1e-4
+KURTOSIS_WEIGHT = 1e-4  # the callback's
 # Blocks, width, heads, tied embeddings, vocabulary, sequences, context; batches that fit 80 GB in every variant
 SIZES = {
     "tiny": (2, 32, 2, True, 300, 2, 16),
@@ -72,20 +70,23 @@ class Variant:
     name: str
     activations: str
     fused: bool
-    kurtosis: bool
+    every_nth_token: int = 0  # that kurtosis regularization looks at; 0: none
 
     def apply(self, model: Decoder) -> None:
         grids = LLAMA_GRIDS if model.config.style == "llama" else {}
         model.set_activations(QuantConfig(activations=self.activations, **grids))
         model.set_fused(self.fused)
-        model.set_loss_terms((KURTOSIS,) if self.kurtosis else ())
+        every = {"every_nth_token": self.every_nth_token}
+        term = LossTerm(partial(token_kurtosis, **every), tap=partial(tap_token_kurtosis, **every))
+        model.set_loss_terms((term,) if self.every_nth_token else ())
 
 
-PLAIN = Variant("plain", "none", False, False)
-FORMULA = Variant("QAT, formula", "static", False, False)
-FUSED = Variant("QAT, fused", "static", True, False)
-KURTOTIC = Variant("QAT, fused, kurtosis", "static", True, True)
-VARIANTS = (PLAIN, FORMULA, FUSED, KURTOTIC)
+PLAIN = Variant("plain", "none", False)
+FORMULA = Variant("QAT, formula", "static", False)
+FUSED = Variant("QAT, fused", "static", True)
+KURTOTIC = Variant("QAT, fused, kurtosis", "static", True, 4)
+SPARSE = Variant("QAT, fused, kurtosis8", "static", True, 8)
+VARIANTS = (PLAIN, FORMULA, FUSED, KURTOTIC, SPARSE)
 
 
 class Trainee:

@@ -6,8 +6,8 @@ At one token a sequence each of the dozen steps is shorter than its launch, so w
 program takes one head: it rotates the head's query and its group's new key itself and starts the softmax with them, so
 no program reads what another one writes (entry p; the first head of a group stores it). It then goes through entries
 0 … p − 1 in blocks with the running maximum m, sum l and weighted values of the online softmax (Milakov and Gimelshein,
-arXiv 1805.02867). A long cache is split among several programs a head, whose (m, l, Σ) a second kernel joins
-(flash-decoding).
+arXiv 1805.02867). They are split among several programs a head, because each step is latency; the last one of a head to
+arrive, by a ticket, joins their (m, l, Σ), in a fixed order (flash-decoding, in one launch).
 
 The position is read on the device: the same launch serves every step, and a CUDA graph can hold it. Entries behind p
 are never read, so the time is that of the tokens there are and not of the cache's length.
@@ -25,13 +25,13 @@ import triton.language as tl
 from lit_actreg_kernels.act_quant import to_codes
 from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.int4_gemv import launches_dependent
+from lit_actreg_kernels.int4_tile import tickets_of
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _BLOCK = 128  # entries a step: it waits for memory and for two reductions, so few long ones
-_CHUNK = 512  # entries that one program goes through before another one a head is worth a second launch
-_PROGRAMS = 256  # enough to fill a GPU
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_LEAST = 64  # entries that are worth a program
+_PROGRAMS, _PARTS = 512, 16  # at most: in all, and a head's
 
 
 @triton.jit
@@ -45,13 +45,11 @@ def _rotated(x_ptr, cos_ptr, sin_ptr, e, inside, HALF: tl.constexpr):
 
 
 @triton.jit
-def _store(
-    y_ptr, e, y, inside, dtype: tl.constexpr, scale_ptr, zero_point_ptr, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr
-):
+def _store(ptrs, y, inside, dtype: tl.constexpr, scale_ptr, zero_point_ptr, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
     """y of ``dtype``, or its codes where Q_MAX is not zero."""
     if Q_MAX:
         y = to_codes(y.to(dtype), tl.load(scale_ptr), tl.load(zero_point_ptr), Q_MIN, Q_MAX)
-    tl.store(y_ptr + e, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(ptrs, y.to(ptrs.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -64,6 +62,7 @@ def _attention_kernel(
     position_ptr,
     y_ptr,
     partial_ptr,
+    ticket_ptr,
     scale_ptr,
     zero_point_ptr,
     length,
@@ -75,6 +74,7 @@ def _attention_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -86,6 +86,10 @@ def _attention_kernel(
     batch, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
     g = h // (H // G)
     position = tl.load(position_ptr).to(tl.int32)
+    chunk = tl.maximum(tl.cdiv(position, SPLITS), LEAST)
+    needed = tl.maximum(tl.cdiv(position, chunk), 1)
+    if split >= needed:
+        return
     dtype = keys_ptr.dtype.element_ty
     token_ptr = qkv_ptr + batch.to(tl.int64) * (H + 2 * G) * E
     cache_offset = (batch.to(tl.int64) * G + g) * length * E
@@ -111,7 +115,6 @@ def _attention_kernel(
     m = tl.where(split == 0, own, -1e30)
     total = tl.where(split == 0, 1.0, 0.0)
     y = tl.where(split == 0, v.to(tl.float32), 0.0)
-    chunk = tl.cdiv(length, SPLITS)
     end = tl.minimum((split + 1) * chunk, position)
     for start in tl.range(split * chunk, end, BLOCK_C, num_stages=1):  # a pipeline lost
         c = start + tl.arange(0, BLOCK_C)
@@ -129,45 +132,33 @@ def _attention_kernel(
         y = y * decay + tl.sum(weights[:, None] * values.to(tl.float32), 0)
         m = m_new
 
-    if SPLITS == 1:
-        y_ptr += tl.program_id(0) * E
-        _store(y_ptr, e, y / total, in_e, qkv_ptr.dtype.element_ty, scale_ptr, zero_point_ptr, Q_MIN, Q_MAX)
-    else:
-        out_ptr = partial_ptr + (tl.program_id(0) * SPLITS + split) * (E + 2)
-        tl.store(out_ptr + e, y, mask=in_e)
-        tl.store(out_ptr + E, m)
-        tl.store(out_ptr + E + 1, total)
-
-
-@triton.jit
-def _join_kernel(
-    partial_ptr,
-    y_ptr,
-    scale_ptr,
-    zero_point_ptr,
-    dtype: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    SPLITS: tl.constexpr,
-    Q_MIN: tl.constexpr,
-    Q_MAX: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-    row, e, s = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, SPLITS)
-    rows_ptr = partial_ptr + (row * SPLITS + s) * (E + 2)
-    m, total = tl.load(rows_ptr + E), tl.load(rows_ptr + E + 1)
-    weights = tl.exp(m - tl.max(m, 0))
-    y = tl.load(rows_ptr[:, None] + e[None, :], mask=(e < E)[None, :], other=0.0)
-    y = tl.sum(y * weights[:, None], 0) / tl.sum(total * weights, 0)
-    _store(y_ptr + row * E, e, y, e < E, dtype, scale_ptr, zero_point_ptr, Q_MIN, Q_MAX)
+    row, last = tl.program_id(0), True
+    if SPLITS > 1:
+        parts_ptr = partial_ptr + row * SPLITS * (E + 2)
+        part_ptr = parts_ptr + split * (E + 2)
+        tl.store(part_ptr + e, y, mask=in_e)
+        tl.store(part_ptr + E, m)
+        tl.store(part_ptr + E + 1, total)
+        # Every thread has stored before one of them takes the head's ticket, and that publishes what all have stored.
+        tl.debug_barrier()
+        last = tl.atomic_add(ticket_ptr + row, 1, sem="acq_rel") == needed - 1
+        if last:
+            tl.store(ticket_ptr + row, 0)  # for the next launch
+            s = tl.arange(0, SPLITS)
+            there, part_ptrs = s < needed, parts_ptr + s * (E + 2)
+            maxima = tl.load(part_ptrs + E, mask=there, other=-1e30, cache_modifier=".cg")
+            factors = tl.exp(maxima - tl.max(maxima, 0))
+            total = tl.sum(tl.load(part_ptrs + E + 1, mask=there, other=0.0, cache_modifier=".cg") * factors, 0)
+            inside = there[:, None] & in_e[None, :]
+            parts = tl.load(part_ptrs[:, None] + e[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+            y = tl.sum(parts * factors[:, None], 0)
+    if last:
+        _store(y_ptr + row * E + e, y / total, in_e, qkv_ptr.dtype.element_ty, scale_ptr, zero_point_ptr, Q_MIN, Q_MAX)
 
 
 def splits_for(num_heads: int, length: int) -> int:
-    """Programs a head, a power of two: none with less than a chunk of the cache, and not more than fill the GPU."""
-    most = max(1, min(_PROGRAMS // num_heads, length // _CHUNK))
+    """Programs a head, a power of two, for a full cache of ``length`` entries; a step takes as many as are worth it."""
+    most = max(1, min(_PROGRAMS // num_heads, _PARTS, length // _LEAST))
     return 1 << (most.bit_length() - 1)
 
 
@@ -194,8 +185,7 @@ def decode_attention(
     rows = num_batch * num_heads
     splits = splits_for(rows, length)
     dependent = launches_dependent(qkv.device, 0)  # it reads no weights
-    launch = {"launch_pdl": True} if dependent else {}
-    partial = qkv.new_empty((rows, splits, width + 2), dtype=torch.float32) if splits > 1 else y
+    partial = qkv.new_empty((rows, splits, width + 2), dtype=torch.float32) if splits > 1 else None
     block_e = triton.next_power_of_2(width)
     _attention_kernel[(rows, splits)](
         qkv,
@@ -206,6 +196,7 @@ def decode_attention(
         position,
         y,
         partial,
+        tickets_of(qkv.device) if splits > 1 else None,
         scale,
         zero_point,
         length,
@@ -217,26 +208,11 @@ def decode_attention(
         BLOCK_E=block_e,
         BLOCK_C=_BLOCK,
         SPLITS=splits,
+        LEAST=_LEAST,
         Q_MIN=q_min,
         Q_MAX=q_max,
         DEPENDENT=dependent,
-        num_warps=8,
-        **launch,
+        num_warps=4,
+        **({"launch_pdl": True} if dependent else {}),
     )
-    if splits > 1:
-        _join_kernel[(rows,)](
-            partial,
-            y,
-            scale,
-            zero_point,
-            _TRITON_DTYPES[qkv.dtype],
-            E=width,
-            BLOCK_E=block_e,
-            SPLITS=splits,
-            Q_MIN=q_min,
-            Q_MAX=q_max,
-            DEPENDENT=dependent,
-            num_warps=4,
-            **launch,
-        )
     return y

@@ -81,15 +81,9 @@ def test_reference_is_the_last_row_of_causal_attention(shape):
 
 
 def test_splits_fill_the_gpu_and_no_program_has_little_to_do():
-    assert [decode_attention.splits_for(16, length) for length in (1, 383, 1024, 2048, 4096, 100000)] == [
-        1,
-        1,
-        2,
-        4,
-        8,
-        16,
-    ]
-    assert decode_attention.splits_for(16 * 64, 4096) == 1
+    lengths = (1, 127, 128, 383, 1024, 100000)
+    assert [decode_attention.splits_for(16, length) for length in lengths] == [1, 1, 2, 4, 16, 16]
+    assert [decode_attention.splits_for(rows, 4096) for rows in (32, 128, 1024)] == [16, 4, 1]
 
 
 def test_opcheck():
