@@ -76,7 +76,7 @@ def perplexity(folder: Path, ids_NT: Tensor) -> float:
 def ours(model: Decoder, calibration_NT: Tensor, folder: Path) -> float:
     started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        quantize_model(model, GPTQ(), list(calibration_NT.split(4)), folder)
+        quantize_model(model, GPTQ(scale_search="minmax"), list(calibration_NT.split(4)), folder)
     return time.perf_counter() - started
 
 

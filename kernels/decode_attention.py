@@ -29,8 +29,7 @@ from lit_actreg_kernels.int4_tile import tickets_of
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_BLOCK = 128  # entries a step: it waits for memory and for two reductions, so few long ones
-_LEAST = 64  # entries that are worth a program
+_STEP, _LONG_STEP = 64, 128  # entries a step: it waits for memory and for two reductions, so few
 _PROGRAMS, _PARTS = 512, 16  # at most: in all, and a head's
 
 
@@ -158,7 +157,7 @@ def _attention_kernel(
 
 def splits_for(num_heads: int, length: int) -> int:
     """Programs a head, a power of two, for a full cache of ``length`` entries; a step takes as many as are worth it."""
-    most = max(1, min(_PROGRAMS // num_heads, _PARTS, length // _LEAST))
+    most = max(1, min(_PROGRAMS // num_heads, _PARTS, length // _STEP))
     return 1 << (most.bit_length() - 1)
 
 
@@ -206,9 +205,9 @@ def decode_attention(
         E=width,
         BLOCK_HALF=max(1, block_e // 2),
         BLOCK_E=block_e,
-        BLOCK_C=_BLOCK,
+        BLOCK_C=_LONG_STEP if length // splits >= _LONG_STEP else _STEP,
         SPLITS=splits,
-        LEAST=_LEAST,
+        LEAST=_STEP,
         Q_MIN=q_min,
         Q_MAX=q_max,
         DEPENDENT=dependent,

@@ -68,8 +68,8 @@ class GPTQ(Quantizer):
         bits: Bits of the weight grid, 2-8.
         group_size: Input columns that share a scale; null for one scale per output channel.
         symmetric: Whether zero is the middle of the grid (no zero points).
-        scale_search: Range of the grids. "minmax": all weights; "mse": the shrunken range with the least squared
-            error.
+        scale_search: Range of the grids. "mse": the shrunken range with the least squared error; "minmax": all
+            weights.
         activation_order: Visit columns by falling mean square of their input instead of left to right.
         damping: λ added to the diagonal of the Hessian, relative to its mean.
         block_size: Columns whose updates are made at once, 1-256; changes speed, not results.
@@ -82,7 +82,7 @@ class GPTQ(Quantizer):
         bits: int = 4,
         group_size: int | None = None,
         symmetric: bool = True,
-        scale_search: ScaleSearch = "minmax",
+        scale_search: ScaleSearch = "mse",
         activation_order: bool = True,
         damping: float = 0.01,
         block_size: int = 128,

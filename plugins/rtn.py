@@ -13,8 +13,8 @@ class RTN(Quantizer):
         bits: Bits of the weight grid, 2-8.
         group_size: Input columns that share a scale; null for one scale per output channel.
         symmetric: Whether zero is the middle of the grid (no zero points).
-        scale_search: Range of the grid. "minmax": all weights (the paper's); "mse": the shrunken range with the
-            least squared error.
+        scale_search: Range of the grid. "mse": the shrunken range with the least squared error; "minmax": all
+            weights (the paper's).
     """
 
     def __init__(
@@ -22,7 +22,7 @@ class RTN(Quantizer):
         bits: int = 4,
         group_size: int | None = None,
         symmetric: bool = True,
-        scale_search: ScaleSearch = "minmax",
+        scale_search: ScaleSearch = "mse",
     ) -> None:
         super().__init__(bits, group_size, symmetric)
         if scale_search not in ("minmax", "mse"):

@@ -139,7 +139,7 @@ def test_what_is_known_is_not_computed_again(tmp_path, data, monkeypatch):
     [
         ({}, 0),
         ({"valid_share": 0.3}, 4),
-        ({"quantizer": RTN(bits=4, scale_search="mse")}, 2),
+        ({"quantizer": RTN(bits=4, scale_search="minmax")}, 2),
         ({"calibration_tokens": 512}, 2),
         ({"precision": {"dtype": "torch.bfloat16"}}, 1),
         ({"limit_val_batches": 2}, 4),
@@ -156,7 +156,7 @@ def test_what_was_made_from_something_else_is_computed_again(tmp_path, data, mon
     quantizers = [change.pop("quantizer", RTN(bits=4))]
     after = table(paths, quantizers, data, tmp_path / "table", **change)
     assert len(computed) == columns
-    if quantizers[0].scale_search == "mse":
+    if quantizers[0].scale_search == "minmax":
         assert after["a"]["W4A4 RTN"] != before["a"]["W4A4 RTN"], "the artifact is still that of the other options"
 
 
