@@ -15,13 +15,23 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_float(x: Tensor, name: str) -> None:
-    check(x.dtype in FLOAT_DTYPES, f"{name} is {x.dtype}: cast it to float32, bfloat16 or float16")
+def check_float(x: Tensor, name: str, double_on_cpu: bool = False) -> None:
+    double = double_on_cpu and x.dtype == torch.float64 and not x.is_cuda
+    check(double or x.dtype in FLOAT_DTYPES, f"{name} is {x.dtype}: cast it to float32, bfloat16 or float16")
+
+
+def check_bits(bits: int) -> None:
+    check(2 <= bits <= 8, f"activation bits {bits} is out of range: choose 2 to 8")
+
+
+def check_halves(x: Tensor, name: str) -> None:
+    even = x.shape[-1] % 2 == 0
+    check(even, f"{name} has {x.shape[-1]} columns: SwiGLU takes a gate and an up half, an even number")
 
 
 def check_grid(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> None:
     check_float(x, "x")
-    check(2 <= bits <= 8, f"activation bits {bits} is out of range: choose 2 to 8")
+    check_bits(bits)
     for name, value in (("scale", scale), ("zero_point", zero_point)):
         check(value.numel() == 1, f"{name} has shape {list(value.shape)}: a static grid has one of shape [1]")
         check(value.dtype == torch.float32, f"{name} is {value.dtype}: the grid is float32")
@@ -31,9 +41,9 @@ def check_grid(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> None:
 def check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, rms: bool) -> None:
     num_columns = x.shape[-1]
     check(num_columns <= MAX_NORM_COLUMNS, f"x has {num_columns} columns: the fused norm takes {MAX_NORM_COLUMNS}")
-    check(weight.shape == (num_columns,), f"weight has shape {list(weight.shape)}: x has {num_columns} columns")
+    fits = weight.shape == (num_columns,) and (bias is None or bias.shape == weight.shape)
+    check(fits, f"the norm's weight and bias must have shape [{num_columns}], as x has columns")
     check(bias is None or not rms, "RMSNorm has no bias: pass None")
-    check(bias is None or bias.shape == weight.shape, "bias differs from the norm's weight in shape")
 
 
 def check_weight(
@@ -129,7 +139,17 @@ def check_activation(
         check(activation == "gelu" or packed.shape[0] % 2 == 0, "SwiGLU takes an even number of outputs")
 
 
-def check_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> None:
+def check_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    bits: int = 0,
+) -> None:
     check(keys.dim() == 4 and keys.shape == values.shape, "keys and values must be [B, G, C, E] both")
     num_batch, num_groups, _, width = keys.shape
     heads = f"[{num_batch}, (H + 2 · {num_groups}) · {width}]"
@@ -143,3 +163,5 @@ def check_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values:
     check(keys.is_contiguous() and values.is_contiguous(), "keys and values must be contiguous: they are written to")
     for tensor in (cos, sin, keys, values, position):
         check(tensor.device == qkv.device, f"qkv is on {qkv.device}, another input is not")
+    if scale is not None and zero_point is not None:
+        check_grid(qkv, scale, zero_point, bits)

@@ -128,10 +128,6 @@ def programs_for(device: torch.device, per_processor: int) -> int:
     return per_processor * processors
 
 
-def num_programs(device: torch.device) -> int:
-    return programs_for(device, _PROGRAMS_PER_PROCESSOR)
-
-
 def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool) -> Tensor:
     """x̂ of contiguous x [...], in its dtype."""
     x_hat = torch.empty_like(x)
@@ -149,7 +145,7 @@ def fake_quantize_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx in the dtype of x, and partial sums of dc⁻ and dc⁺, float32 [2, programs]."""
     dx = torch.empty_like(x)
-    programs = num_programs(x.device)
+    programs = programs_for(x.device, _PROGRAMS_PER_PROCESSOR)
     clips = x.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
     visible(_backward_kernel)[(programs,)](

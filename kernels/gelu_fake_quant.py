@@ -103,10 +103,6 @@ def _backward_kernel(
     store_clip_sums(clips_ptr, sum_low, sum_high)
 
 
-def num_programs(device: torch.device) -> int:
-    return programs_for(device, _PROGRAMS_PER_PROCESSOR)
-
-
 def _rows(h: Tensor, gated: bool) -> tuple[int, int]:
     """Rows and columns of the walk; without a gate the rows do not matter, and all is one."""
     width = h.shape[-1] // 2
@@ -133,7 +129,7 @@ def activation_fake_quantize_backward(
     """dh in the dtype of h, and partial sums of dc⁻ and dc⁺, float32 [2, programs]."""
     dh = torch.empty_like(h)
     rows, width = _rows(h, gated)
-    programs = num_programs(h.device)
+    programs = programs_for(h.device, _PROGRAMS_PER_PROCESSOR)
     clips = h.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
     visible(_backward_kernel)[(programs,)](

@@ -20,6 +20,7 @@ any float dtype but float64; N ≤ 65,536. No autograd in here (:mod:`.training_
 import torch
 import triton
 import triton.language as tl
+from lit_actreg_kernels.act_quant import num_warps_for
 from lit_actreg_kernels.fake_quant import visible
 from torch import Tensor
 
@@ -113,7 +114,7 @@ def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> 
         eps,
         keep,
         BLOCK=block,
-        num_warps=max(1, min(16, block // 512)),
+        num_warps=num_warps_for(block),
     )
     return kappa, rows
 
@@ -135,5 +136,5 @@ def add_kurtosis_gradient(g: Tensor, y: Tensor, d_kappa: Tensor, first: int, ste
         eps,
         kept,
         BLOCK=block,
-        num_warps=max(1, min(16, block // 512)),
+        num_warps=num_warps_for(block),
     )

@@ -140,10 +140,6 @@ def _backward_kernel(
     tl.store(parameters_ptr + (tl.num_programs(0) + program) * K + k, sum_bias, mask=inside)
 
 
-def num_programs(device: torch.device) -> int:
-    return programs_for(device, _PROGRAMS_PER_PROCESSOR)
-
-
 def _num_warps(block: int) -> int:
     """8 elements a thread where that is possible: nine float32 values of each are alive in the backward pass."""
     return max(1, min(16, block // 256))
@@ -222,7 +218,7 @@ def norm_fake_quantize_backward(
     dx = torch.empty_like(x)
     dy = x.new_empty(0) if y is None else torch.empty_like(y)
     block = triton.next_power_of_2(num_columns)
-    programs = num_programs(x.device)
+    programs = programs_for(x.device, _PROGRAMS_PER_PROCESSOR)
     parameters = x.new_empty((2, programs, num_columns), dtype=torch.float32)
     clips = x.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)

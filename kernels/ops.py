@@ -19,8 +19,10 @@ from lit_actreg_kernels.checks import (
     check,
     check_activation,
     check_attention,
+    check_bits,
     check_float,
     check_grid,
+    check_halves,
     check_linear,
     check_norm,
     check_token_grouped_linear,
@@ -70,12 +72,14 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 def quantize_activation_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 of x [..., K] on each token's own min-max grid; scale and zero point, float32 [..., 1]."""
     check_float(x, "x")
+    check_bits(bits)
     return _implementation(x, "act_quant").quantize_activation_per_token(x.contiguous(), bits)
 
 
 @quantize_activation_per_token.register_fake
 def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     check_float(x, "x")
+    check_bits(bits)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), scale, torch.empty_like(scale)
 
@@ -117,14 +121,14 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 def swiglu_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Codes int8 [..., H] of silu(gate) · up, x = [gate, up] [..., 2H]."""
     check_grid(x, scale, zero_point, bits)
-    check(x.shape[-1] % 2 == 0, f"x has {x.shape[-1]} columns: SwiGLU takes a gate and an up half, an even number")
+    check_halves(x, "x")
     return _implementation(x, "gelu_quant").swiglu_quantize(x.contiguous(), scale, zero_point, bits)
 
 
 @swiglu_quantize.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     check_grid(x, scale, zero_point, bits)
-    check(x.shape[-1] % 2 == 0, f"x has {x.shape[-1]} columns: SwiGLU takes a gate and an up half, an even number")
+    check_halves(x, "x")
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.int8)
 
 
@@ -252,27 +256,13 @@ def norm_int4_linear(
 
 @norm_int4_linear.register_fake
 def _(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    packed: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    act_bits: int,
-    weight_scale: Tensor,
-    weight_sums: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out_bits: int,
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, rms: bool, packed: Tensor, *rest: Any
 ) -> Tensor:
+    act_scale, act_zero_point, act_bits, weight_scale, weight_sums, bias, activation, *into = rest
     check_grid(x, act_scale, act_zero_point, act_bits)
     check_norm(x, norm_weight, norm_bias, rms)
     check_linear(x, packed, act_scale, act_zero_point, weight_scale, weight_sums, bias, None, x.dtype)
-    check_activation(x, packed, activation, out_scale, out_zero_point, out_bits)
+    check_activation(x, packed, activation, *into)
     width = packed.shape[0] // 2 if activation == "swiglu" else packed.shape[0]
     return x.new_empty((x.shape[0], width), dtype=torch.int8 if activation else x.dtype)
 
@@ -293,29 +283,17 @@ def decode_attention(
 
     With a static grid (``scale`` and ``zero_point`` [1]) its codes, int8. float64 runs the reference on every device.
     """
-    check_attention(qkv, cos, sin, keys, values, position)
-    if scale is not None and zero_point is not None:
-        check_grid(qkv, scale, zero_point, bits)
+    check_attention(qkv, cos, sin, keys, values, position, scale, zero_point, bits)
     implementation = _implementation(qkv, "decode_attention") if qkv.dtype in FLOAT_DTYPES else reference
     cache, into = (cos.flatten(), sin.flatten(), keys, values, position), (scale, zero_point, bits)
     return implementation.decode_attention(qkv.contiguous(), *cache, *into)
 
 
 @decode_attention.register_fake
-def _(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    scale: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    bits: int = 0,
-) -> Tensor:
-    check_attention(qkv, cos, sin, keys, values, position)
+def _(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, *grid: Any) -> Tensor:
+    check_attention(qkv, cos, sin, keys, values, position, *grid)
     width = qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]
-    return qkv.new_empty((qkv.shape[0], width), dtype=qkv.dtype if scale is None else torch.int8)
+    return qkv.new_empty((qkv.shape[0], width), dtype=torch.int8 if grid and grid[0] is not None else qkv.dtype)
 
 
 def gptq_columns(

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import training_reference
-from lit_actreg_kernels.checks import FLOAT_DTYPES, MAX_NORM_COLUMNS
+from lit_actreg_kernels.checks import check, check_bits, check_float, check_halves, check_norm
 from lit_actreg_kernels.ops import has_triton_kernels
 from torch import Tensor
 
@@ -49,32 +49,13 @@ def _implementation(x: Tensor, module: str) -> ModuleType:
 
 
 def _check(x: Tensor, low: Tensor, high: Tensor, bits: int) -> None:
-    if x.dtype not in FLOAT_DTYPES and (x.dtype != torch.float64 or x.is_cuda):
-        raise ValueError(f"x is {x.dtype}: cast it to float32, bfloat16 or float16")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"activation bits {bits} is out of range: choose 2 to 8")
+    check_float(x, "x", double_on_cpu=True)
+    check_bits(bits)
     for name, clip in (("low", low), ("high", high)):
         if clip.numel() != 1:
             raise ValueError(f"{name} has shape {list(clip.shape)}: a static grid has one clip of shape [1]")
         if clip.device != x.device:
             raise ValueError(f"{name} is on {clip.device}, x on {x.device}: move it there")
-
-
-def _check_norm(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, rms: bool) -> None:
-    if x.shape[-1] > MAX_NORM_COLUMNS:
-        raise ValueError(f"x has {x.shape[-1]} columns: the fused norm takes {MAX_NORM_COLUMNS}")
-    if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
-        raise ValueError(f"the norm's weight and bias must have shape [{x.shape[-1]}], as x has columns")
-    if rms and bias is not None:
-        raise ValueError("RMSNorm has no bias: pass None")
-    if y is not None and (y.shape != x.shape or torch.promote_types(x.dtype, y.dtype) != x.dtype):
-        raise ValueError(f"y {y.dtype} {list(y.shape)} cannot be added to x {x.dtype} {list(x.shape)}: cast or expand")
-
-
-def _check_activation(h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int) -> None:
-    _check(h, low, high, bits)
-    if gated and h.shape[-1] % 2:
-        raise ValueError(f"h has {h.shape[-1]} columns: SwiGLU takes a gate and an up half, an even number")
 
 
 def _clip_gradients(ctx: Any, partial: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +103,9 @@ fake_quantize.register_autograd(_backward_of_fake_quantize, setup_context=_keep_
 def _activation_fake_quantize(
     h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
 ) -> Tensor:
-    _check_activation(h, low, high, gated, bits)
+    _check(h, low, high, bits)
+    if gated:
+        check_halves(h, "h")
     function = _implementation(h, "gelu_fake_quant").activation_fake_quantize
     return function(h.contiguous(), low, high, gated, bits, integer_zero_point)
 
@@ -163,6 +146,8 @@ def swiglu_fake_quantize(
 @torch.library.triton_op("lit_actreg::swiglu", mutates_args=())
 def swiglu(h: Tensor) -> Tensor:
     """silu(gate) · up [..., H] for h = [gate, up] [..., 2H], in its dtype."""
+    check_float(h, "h", double_on_cpu=True)
+    check_halves(h, "h")
     gate, up = h.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -184,10 +169,10 @@ def swiglu_fake_quantize_per_token(h: Tensor, bits: int, num_groups: int) -> Ten
 
     h = [gate, up] [..., 2H]; the product is rounded to the dtype of h first. The gradient is straight-through.
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"activation bits {bits} is out of range: choose 2 to 8")
-    if h.shape[-1] % (2 * num_groups):
-        raise ValueError(f"{num_groups} groups do not divide the halves of h, which has {h.shape[-1]} columns")
+    check_float(h, "h", double_on_cpu=True)
+    check_bits(bits)
+    divide = num_groups >= 1 and h.shape[-1] % (2 * num_groups) == 0
+    check(divide, f"{num_groups} groups do not divide the halves of h, which has {h.shape[-1]} columns")
     return _implementation(h, "swiglu").swiglu_fake_quantize_per_token(h.contiguous(), bits, num_groups)
 
 
@@ -216,7 +201,7 @@ def _norm_fake_quantize(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, low, high, bits)
-    _check_norm(x, None, weight, bias, rms)
+    check_norm(x, weight, bias, rms)
     _, x_hat, statistics = _implementation(x, "norm_fake_quant").norm_fake_quantize(
         x.contiguous(), None, weight, bias, low, high, eps, rms, bits, integer_zero_point, value_dtype, out_dtype
     )
@@ -241,7 +226,9 @@ def _add_norm_fake_quantize(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, low, high, bits)
-    _check_norm(x, y, weight, bias, rms)
+    check_norm(x, weight, bias, rms)
+    if y.shape != x.shape or torch.promote_types(x.dtype, y.dtype) != x.dtype:
+        raise ValueError(f"y {y.dtype} {list(y.shape)} cannot be added to x {x.dtype} {list(x.shape)}: cast or expand")
     function, y = _implementation(x, "norm_fake_quant").norm_fake_quantize, y.contiguous()
     return function(
         x.contiguous(), y, weight, bias, low, high, eps, rms, bits, integer_zero_point, value_dtype, out_dtype
@@ -375,6 +362,5 @@ def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> 
     Args:
         keep: Whether to copy the rows looked at for the backward pass, rather than keep y alive.
     """
-    if y.dtype not in FLOAT_DTYPES and (y.dtype != torch.float64 or y.is_cuda):
-        raise ValueError(f"y is {y.dtype}: cast it to float32, bfloat16 or float16")
+    check_float(y, "y", double_on_cpu=True)
     return _TokenKurtosis.apply(y, keep, first, step, eps)

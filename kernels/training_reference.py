@@ -19,10 +19,6 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def num_programs(device: torch.device) -> int:
-    return 1
-
-
 def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool) -> Tensor:
     """x̂ of x [...], in its dtype."""
     scale, zero_point = grid.grid_from_clips(_wide(low), _wide(high), bits, integer_zero_point)
@@ -76,12 +72,9 @@ def activation_fake_quantize_backward(
     y = _wide(_activation(wide, gated).to(h.dtype))
     dy, clips = _straight_through(y, _wide(g), low, high, bits, integer_zero_point, masked)
     if gated:
-        gate, up = wide.chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        dh = torch.cat([dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid], dim=-1)
-    else:
-        cumulative = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
-        dh = dy * (cumulative + wide * torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi))
+        return swiglu_backward(dy, h), clips
+    cumulative = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
+    dh = dy * (cumulative + wide * torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi))
     return dh.to(h.dtype), clips
 
 

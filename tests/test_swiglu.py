@@ -5,9 +5,12 @@ import torch
 from fake_quant_checks import assert_near, doubled, poison
 from lit_actreg_kernels import swiglu, training_ops, training_reference
 from quantizer_checks import DEVICE, DTYPES
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 
 from lit_actreg.quant.fake_quant import fake_quantize_per_token
+
+PER_TOKEN = training_ops.swiglu_fake_quantize_per_token
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,9 +59,24 @@ def test_tokens_grids_pass_the_gradient_of_swiglu_on():
     torch.testing.assert_close(found, fake_quantize_per_token(training_ops.swiglu(h), 4, 4))
 
 
-def test_groups_must_divide_it():
-    with pytest.raises(ValueError, match="5 groups do not divide the halves of h, which has 24 columns"):
-        training_ops.swiglu_fake_quantize_per_token(torch.randn(2, 24), 4, 5)
+@pytest.mark.parametrize(
+    ("operator", "num_columns", "dtype", "rest", "message"),
+    [
+        (training_ops.swiglu, 24, torch.int64, (), "h is torch.int64: cast it"),
+        (training_ops.swiglu, 24, torch.float64, (), "h is torch.float64: cast it"),
+        (training_ops.swiglu, 23, torch.float32, (), "h has 23 columns: .* an even number"),
+        (PER_TOKEN, 24, torch.int64, (4, 3), "h is torch.int64: cast it"),
+        (PER_TOKEN, 24, torch.float64, (4, 3), "h is torch.float64: cast it"),
+        (PER_TOKEN, 24, torch.float32, (9, 3), "activation bits 9 is out of range"),
+        (PER_TOKEN, 24, torch.float32, (4, 5), "5 groups do not divide the halves of h, which has 24 columns"),
+        (PER_TOKEN, 24, torch.float32, (4, 0), "0 groups do not divide the halves"),
+    ],
+)
+def test_refuses(operator, num_columns, dtype, rest, message):
+    with FakeTensorMode():  # as while compiling; on a GPU, where float64 is refused, too
+        h = torch.ones(2, num_columns, dtype=dtype, device="cuda")
+    with pytest.raises(ValueError, match=message):
+        operator(h, *rest)
 
 
 def test_far_tails_are_finite():
