@@ -177,6 +177,20 @@ def test_ignored_it_goes_its_way(corpus):
     assert fit(corpus, LossGuard(nan="skip", spike="skip", window=4, spike_std=8.0), watched)[0] == losses
 
 
+def test_the_loss_of_a_short_window_is_a_mean_too(corpus):
+    """A pass of three batches ends in a window of one; Lightning divides its loss by two all the same."""
+    judged = []
+
+    class Recording(LossGuard):
+        def judge(self, loss, norm):
+            judged.append(loss.item())
+            return super().judge(loss, norm)
+
+    losses, *_ = fit(corpus, Recording(), Spoil(1.0), steps=4, limit_train_batches=3)
+    windows = [losses[:2], losses[2:3], losses[3:5], losses[5:]]
+    assert judged == pytest.approx([sum(window) / len(window) for window in windows], rel=1e-6)
+
+
 def test_the_running_statistics_are_those_of_the_docstring():
     found, losses = LossGuard(spike="skip", window=5, spike_std=2.0), [4.0, 3.0, 3.5, 3.2, 3.4, 9.0, 3.3, float("nan")]
     one = torch.ones(())

@@ -50,14 +50,17 @@ def test_the_step_is_the_best_for_a_gaussian(bits):
 def test_quest_passes_the_gradient_of_trusted_values_only():
     x = torch.randn(2, 16, dtype=torch.float64)
     x[0, 0] = 30  # of one channel alone; spread over all by the rotation
-    x = block_hadamard(x).requires_grad_()  # now H x has the outlier, outside the grid
+    x[1, 0], x[1, 1:] = 3.706, 1  # 8¼ steps, of which the grid has 7½: off by ¾
+    x = block_hadamard(x).requires_grad_()  # now H x has the outliers, outside the grid
     y = fake_quantize_quest(x)
     g = torch.randn_like(y)
     y.backward(g)
     rotated, y_rotated = block_hadamard(x.detach()), block_hadamard(y.detach())
     step = rotated.square().mean(-1, keepdim=True).sqrt() * GAUSSIAN_STEPS[4]
-    trusted = (y_rotated - rotated).abs() <= step / 2
-    assert not trusted[0, 0]
+    error = (y_rotated - rotated).abs()
+    trusted = error <= step / 2
+    assert not trusted[:, 0].any()
+    assert error[1, 0] < step[1]
     assert trusted.float().mean() > 0.9
     torch.testing.assert_close(x.grad, block_hadamard(block_hadamard(g) * trusted))
     codes = y_rotated / step - 0.5

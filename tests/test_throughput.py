@@ -1,9 +1,11 @@
 """Model FLOPs are those that torch counts in a step; what is logged follows from tokens, time and peak."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from small_fit import CONTEXT, datamodule, lit_module, trainer, write_corpus
 from small_models import VOCAB_SIZE, small_decoder, text_ids
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -85,6 +87,27 @@ def test_what_is_logged_follows_from_tokens_and_time(tmp_path, monkeypatch):
         assert logged["hours_left"][step] == pytest.approx((7 - step) / 2 * interval / 3600, rel=1e-5)
         spent += interval
     assert spent < seconds
+
+
+def test_validation_does_not_count(tmp_path, monkeypatch):
+    """A training batch takes a second, one of validation a hundred; validated is before the first log, and after it."""
+    seconds = 0.0
+
+    class Clock(Callback):
+        def on_train_batch_start(self, *_):
+            nonlocal seconds
+            seconds += 1
+
+        def on_validation_batch_start(self, *_):
+            nonlocal seconds
+            seconds += 100
+
+    monkeypatch.setattr("lit_actreg.callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: seconds))
+    options = {"log_every_n_steps": 3, "limit_val_batches": 2, "val_check_interval": 2}
+    engine = trainer([Throughput(), Clock()], steps=9, **options)
+    engine.fit(lit_module(), datamodule=datamodule(write_corpus(tmp_path / "corpus"), batch_size=4))
+    assert engine.logger.of("train/tokens_per_second") == {5: 4 * CONTEXT, 8: 4 * CONTEXT}
+    assert len(engine.logger.of("val/loss")) == 4
 
 
 def test_without_a_known_peak_no_mfu_is_logged(tmp_path):
