@@ -13,6 +13,7 @@ A folder is written beside its place and renamed into it, so it is there whole o
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,14 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write {path} ({reason}): mend that and repeat the command, which continues where it stopped; or "
             "name another output folder"
         ) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside its place and renames it: who reads it meanwhile, or after a full disk, sees the old one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        beside.write_text(text)
+        os.replace(beside, path)
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.distributed.checkpoint import load as load_shards
 
-from lit_actreg.artifact import is_artifact
+from lit_actreg.artifact import is_artifact, write_whole
 from lit_actreg.compressed_tensors import read_quantization_config
 from lit_actreg.config import ModelConfig, QuantConfig
 from lit_actreg.huggingface import check_tensors, load_huggingface, model_config, read_config
@@ -191,7 +191,8 @@ def read_checkpoint_info(path: Path, cache_dir: Path) -> CheckpointInfo:
         folder = cache_dir / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         tokenizer_path = folder / "tokenizer.json"
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer_path.write_text(text)
+        if not tokenizer_path.exists() or tokenizer_path.read_text() != text:
+            write_whole(tokenizer_path, text)
     return CheckpointInfo(
         ModelConfig(**saved["shape"]),
         QuantConfig(**saved["quant"]),

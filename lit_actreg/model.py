@@ -162,7 +162,7 @@ class Decoder(nn.Module):
                 getattr(block, site).input_quantizer.configure(quant)
 
     def set_fused(self, fused: bool | None) -> None:
-        """Where static sites run on the fused operators: everywhere, nowhere, or (None, as at first) on GPUs."""
+        """Where quantizers run on the fused operators: everywhere, nowhere, or (None, as at first) on GPUs."""
         for block in self.blocks:
             for site in SITES:
                 getattr(block, site).input_quantizer.fused = fused

@@ -6,6 +6,7 @@ address, not a decision. So inputs and results lie where they lay when it was re
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class ReplayedDecoder(Decoder):
     """
 
     def forget(self) -> None:
-        self.place = self.embedding.weight.data_ptr()
+        self.places = self.current_places()
         self.seen: set[torch.Size] = set()
         self.recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]] = {}
 
@@ -49,7 +50,7 @@ class ReplayedDecoder(Decoder):
     ) -> tuple[Tensor, Tensor]:
         if rotary is not None or not ids.is_cuda or torch.is_grad_enabled() or self.is_watched():
             return super().forward(ids, rotary, caches)
-        if self.place != self.embedding.weight.data_ptr():
+        if self.places != self.current_places():
             self.forget()
         if ids.shape not in self.seen:
             self.seen.add(ids.shape)
@@ -60,6 +61,9 @@ class ReplayedDecoder(Decoder):
         mine.copy_(ids)
         graph.replay()
         return result
+
+    def current_places(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in chain(self.parameters(), self.buffers())]
 
     def is_watched(self) -> bool:
         return any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())

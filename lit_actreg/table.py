@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_actreg.artifact import is_artifact, read_artifact
+from lit_actreg.artifact import is_artifact, read_artifact, write_whole
 from lit_actreg.checkpoint import load_decoder, read_checkpoint_info
 from lit_actreg.config import QuantConfig
 from lit_actreg.contracts import Quantizer
@@ -166,7 +166,7 @@ def fill_table(
 
     def store(name: str, what: str, made_from: dict[str, Any], **found: float) -> None:
         known[name][what] = {**found, "made_from": made_from}
-        stored.write_text(json.dumps(known, indent=2) + "\n")
+        write_whole(stored, json.dumps(known, indent=2) + "\n")
 
     progress = tqdm(total=len(checkpoints) * len(weights) * 2, desc="table", unit="perplexity")
     for name, path in checkpoints.items():
@@ -174,7 +174,7 @@ def fill_table(
         parts = sorted(path.rglob("*")) if path.is_dir() else [path]
         file = [str(path.resolve()), *([part.name, part.stat().st_mtime_ns, part.stat().st_size] for part in parts)]
         for label, quantizer in zip(weights, [None, *quantizers], strict=True):
-            folder = output / f"{name}-{label.replace(' ', '-')}".lower()
+            folder = output / f"{name}-{label.replace(' ', '-').lower()}"
             artifact: dict[str, Any] = {"checkpoint": file, "text": data.packed_folder.name}
             artifact["activation_bits"] = activation_bits
             if quantizer is not None:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_fit import CONTEXT, VOCAB_SIZE, write_corpus
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_actreg.artifact import read_artifact
 from lit_actreg.checkpoint import load_decoder
 from lit_actreg.cli import main
-from lit_actreg.config import as_plain
+from lit_actreg.config import SITES, as_plain
 from lit_actreg.huggingface import huggingface_config, to_huggingface
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,7 +99,12 @@ def written() -> list[Path]:
         ("fit --model.shape.num_kv_heads 0 --model.shape.style llama", "num_kv_heads 0 is too small"),
         ("fit --outliers.num_tokens 0", r"outliers\.num_tokens 0 is too small"),
         ("fit --kurtosis.every_nth_token 0", r"kurtosis\.every_nth_token 0 is too small: use 1"),
+        ("fit --kurtosis.warmup_steps -5", r"kurtosis\.warmup_steps -5 is negative: use 0 or more"),
+        ("fit --weight_penalty.warmup_steps -5", r"weight_penalty\.warmup_steps -5 is negative: use 0 or more"),
         ("fit --clips.tail 0.9", r"clips\.tail 0\.9 is out of range: choose a share"),
+        ("fit --clips.momentum 1.5", r"clips\.momentum 1\.5 is out of range: choose 0 to below 1"),
+        ("fit --clips.constant -4", r"clips\.constant -4\.0 leaves no range"),
+        ("fit --model.quant.token_group_size 64", "token_group_size 64 is of no use where grids have clips"),
         ("fit --clips.lr -1", r"clips\.lr -1\.0 is negative: use 0"),
         ("fit --throughput.peak_tflops -1", r"throughput\.peak_tflops -1\.0 is not positive: name"),
         ("fit --clips.bits '{0: 1}'", r"clips\.bits \[1\] are out of range"),
@@ -288,6 +294,31 @@ def test_fit_quantize_validate_is_what_the_fixture_ran(made, capsys):
     where = f"--data.source={made['corpus']} --data.cache_dir={made['folder']}/cache --data.valid_share=0.1"
     main(shlex.split(f"validate --ckpt_path={made['artifact']} {where} --data.context={CONTEXT} {QUIET}"))
     assert "val/perplexity" in capsys.readouterr().out
+
+
+def test_the_monitor_sees_an_artifacts_inputs_on_integer_kernels(made):
+    """Fused blocks hand codes from kernel to kernel; who looks at inputs must see numbers."""
+    where = f"--data.source={made['corpus']} --data.cache_dir={made['folder']}/cache --data.valid_share=0.1"
+    logger = "--trainer.logger=TensorBoardLogger --trainer.logger.save_dir=runs"
+    options = f"--data.context={CONTEXT} --trainer.accelerator=cpu --trainer.plugins=W4A4Precision"
+    main(shlex.split(f"validate --ckpt_path={made['artifact']} {where} {options} {logger}"))
+    events = EventAccumulator(str(next(Path("runs").rglob("events.*")).parent)).Reload()
+    for site in SITES:
+        assert events.Scalars(f"outliers_{site}/largest_ratio_00")[0].value > 1
+
+
+def test_another_tokenizer_is_refused_and_prompts_do_not_matter(made, capsys):
+    tokenizer = json.loads((made["artifact"] / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = (name for name, index in vocabulary.items() if index in (40, 41))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    Path("other.json").write_text(json.dumps(tokenizer))
+    command = f"validate --ckpt_path={made['checkpoint']} --data.source={made['corpus']} --data.valid_share=0.1"
+    command += f" --data.context={CONTEXT} --data.num_workers=0 {QUIET}"
+    found = mistake(capsys, f"{command} --data.tokenizer=other.json")
+    assert "data.tokenizer other.json gives other ids than that of" in found
+    same = made["artifact"] / "tokenizer.json"
+    main(shlex.split(f"{command} --data.tokenizer={same} --data.prompts '[My fellow]'"))
 
 
 def test_one_process_of_several_quantizes(made, monkeypatch, tmp_path, capsys):

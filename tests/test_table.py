@@ -3,22 +3,28 @@
 And a number that is there already stands only for what it was made from.
 """
 
+import errno
 import json
+import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lit_actreg_plugins.rtn import RTN
 from lit_actreg_plugins.w4a4_precision import W4A4Precision
 from safetensors.torch import load_file, save_file
+from small_models import small_decoder, text_ids
 from tokenizers import Tokenizer, models, processors
 
 from lit_actreg.artifact import read_artifact
 from lit_actreg.checkpoint import TOKENIZER_KEY, load_decoder
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.data.datamodule import TextDataModule
+from lit_actreg.data.packed import IGNORE
 from lit_actreg.huggingface import huggingface_config, to_huggingface
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.table import fill_table, perplexity, plain, weight_names, with_activations, write_table
@@ -109,6 +115,14 @@ def test_columns_are_what_their_names_say(tmp_path, data):
     assert (tmp_path / "table" / "table.png").stat().st_size > 0
 
 
+def test_padding_is_no_target():
+    model, ids = small_decoder("neox"), text_ids(2, 17)
+    parts = [ids[:1], ids[1:, :9]]
+    losses = [F.cross_entropy(model.logits(model(p[:, :-1])[0])[0], p[0, 1:], reduction="sum").item() for p in parts]
+    ids[1, 9:] = IGNORE
+    assert perplexity(model, [ids], CPU) == pytest.approx(math.exp(sum(losses) / (16 + 8)), rel=1e-6)
+
+
 def test_grids_of_the_table():
     plain = QuantConfig("none", per_token_sites=["mlp_proj"], token_group_size=8)  # as a twin of the Llama block's QAT
     assert with_activations(plain, 16) == plain
@@ -158,6 +172,30 @@ def test_what_was_made_from_something_else_is_computed_again(tmp_path, data, mon
     assert len(computed) == columns
     if quantizers[0].scale_search == "minmax":
         assert after["a"]["W4A4 RTN"] != before["a"]["W4A4 RTN"], "the artifact is still that of the other options"
+
+
+def test_names_may_differ_in_case_alone_and_results_are_whole_or_old(tmp_path, data, monkeypatch):
+    paths = {"QAT": checkpoint(tmp_path / "a.ckpt", "static"), "qat": checkpoint(tmp_path / "b.ckpt", "none")}
+    table(paths, [RTN(bits=4)], data, tmp_path / "table")
+    artifacts = [read_artifact(tmp_path / "table" / f"{name}-w4-rtn") for name in paths]
+    assert [artifact.quant.activations for artifact in artifacts] == ["static", "token"]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = (tmp_path / "table" / "results.json").read_text()
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match=r"cannot write .*No space left on device"):
+        table(paths, [RTN(bits=3)], data, tmp_path / "table")
+    assert (tmp_path / "table" / "results.json").read_text() == before
+
+
+def test_an_artifact_that_is_gone_is_made_again(tmp_path, data):
+    paths, quantizers = {"a": checkpoint(tmp_path / "a.ckpt", "static")}, [RTN(bits=4)]
+    expected = table(paths, quantizers, data, tmp_path / "table")
+    table(paths, quantizers, data, tmp_path / "table", limit_val_batches=1)  # the numbers known are now of other text
+    shutil.rmtree(tmp_path / "table" / "a-w4-rtn")
+    assert table(paths, quantizers, data, tmp_path / "table") == expected
 
 
 def test_columns_are_named_by_the_bits_that_the_models_have(tmp_path, data):

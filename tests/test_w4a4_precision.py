@@ -70,6 +70,13 @@ def test_bfloat16_reaches_all_but_the_scales(tmp_path):
     assert model.logits(model(text_ids(1))[0]).dtype == torch.bfloat16
 
 
+def test_a_second_validation_of_one_module_leaves_it_alone(tmp_path):
+    model = W4A4Precision().convert_module(artifact(tmp_path))
+    parts = list(model.modules())
+    assert W4A4Precision().convert_module(model) is model
+    assert list(model.modules()) == parts
+
+
 def test_decoders_are_replayed_unless_they_are_of_another_class(tmp_path):
     assert type(W4A4Precision().convert_module(artifact(tmp_path))) is ReplayedDecoder
 

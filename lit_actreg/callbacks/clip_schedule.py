@@ -68,6 +68,10 @@ class ClipSchedule(Callback):
         self.method, self.constant, self.tail = method, constant, tail
         if lr < 0:
             raise ValueError(f"clips.lr {lr} is negative: use 0 (clips stay where calibration put them) or more")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"clips.momentum {momentum} is out of range: choose 0 to below 1")
+        if constant <= 0:
+            raise ValueError(f"clips.constant {constant} leaves no range between the clips: use more than 0")
         if not 0 <= tail < 0.5:
             raise ValueError(f"clips.tail {tail} is out of range: choose a share of values from 0 to below 0.5")
         self._before_step: tuple[list[Tensor], Tensor] | None = None  # the clips, and their values before the step

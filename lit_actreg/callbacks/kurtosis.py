@@ -42,6 +42,8 @@ class KurtosisRegularization(Callback):
         self.sites = tuple(SITES if sites is None else sites)
         if weight < 0:
             raise ValueError(f"kurtosis.weight {weight} is negative and would grow outliers: use 0 or more")
+        if warmup_steps < 0:
+            raise ValueError(f"kurtosis.warmup_steps {warmup_steps} is negative: use 0 or more")
         if every_nth_token < 1:
             raise ValueError(f"kurtosis.every_nth_token {every_nth_token} is too small: use 1 (every token) or more")
 

@@ -134,6 +134,8 @@ class OutlierMonitor(Callback):
 
     def snapshot(self, trainer: Trainer, module: LightningModule) -> None:
         """One pass over the tokens; logs numbers, and pictures when they are due."""
+        if trainer.logger is None:
+            return
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(module, LitLanguageModel)
         assert isinstance(data, TextDataModule)
@@ -162,7 +164,7 @@ class OutlierMonitor(Callback):
             observe_inputs(module.model, ids, observer)
         values = torch.stack([value.float() for value in found.values()]).tolist()  # the one wait for the device
         numbers = dict(zip(found, values, strict=True)) | {"outliers/snapshot_seconds": time.perf_counter() - started}
-        if trainer.logger is None or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         trainer.logger.log_metrics(numbers, step)
         if self.steps[-1:] == [step]:  # a validation sees again what its fit has seen

@@ -3,7 +3,7 @@
     penalty = λ(step) · mean over blocks and chosen linears of p(W),      W [N, K]
 
     kurtosis    p = mean((w − μ)⁴) / mean((w − μ)²)²    over all of W: 3 for a Gaussian, 1 (the least) for ±c
-    linf        p = mean over rows of max |w|           a row's scale on a symmetric 4-bit grid is its maximum over 7
+    linf        p = mean over rows of max |w|           a row's scale on a symmetric 4-bit grid is its maximum over 7.5
 
 There is no target. Which norm the paper penalized, over what and how strongly is open; the rows' maxima are what
 rounding to nearest feels. Kurtosis is the same for c · W, the maxima shrink with c.
@@ -49,6 +49,8 @@ class WeightPenalty(Callback):
         self.sites = tuple(SITES if sites is None else sites)
         if weight < 0:
             raise ValueError(f"weight_penalty.weight {weight} is negative and would grow outliers: use 0 or more")
+        if warmup_steps < 0:
+            raise ValueError(f"weight_penalty.warmup_steps {warmup_steps} is negative: use 0 or more")
 
     def coefficient(self, step: int) -> float:
         """λ at an optimizer step: of the step alone, so a resumed run continues it."""

@@ -49,15 +49,20 @@ def train_tokenizer(documents: datasets.Dataset, vocab_size: int, path: Path) ->
     beside.replace(path)
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """Reads a tokenizer.json; it may have fewer entries than the model has rows, not more."""
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json as it is."""
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer {str(path)!r} does not exist: name a tokenizer.json, or null to train one")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"tokenizer {str(path)!r} is not a tokenizer.json ({reason}): name one, or null") from error
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Reads a tokenizer.json for packing; it may have fewer entries than the model has rows, not more."""
+    tokenizer = read_tokenizer(path)
     entries = 1 + max(tokenizer.get_vocab().values(), default=-1)  # ids may have holes: the largest one counts
     if entries > vocab_size:
         raise ValueError(
@@ -72,7 +77,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 def what_gives_ids(path: Path) -> dict[str, Any]:
     """What of a tokenizer.json decides the ids of a text, however the file is written: no special tokens are added."""
-    read = json.loads(Tokenizer.from_file(str(path)).to_str())
+    read = json.loads(read_tokenizer(path).to_str())
     return {part: read[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
 
 
