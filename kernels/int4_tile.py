@@ -41,12 +41,12 @@ class Tile:
 
 @functools.cache
 def tickets_of(device: torch.device) -> Tensor:
-    """A zero for every tile whose K is split; every launch leaves zeros again.
+    """A zero for every tile whose K is split, every head whose entries are; every launch leaves zeros again.
 
-    One array a GPU: such products must not run at the same time on two streams of it.
+    One array a GPU: such kernels must not run at the same time on two streams of it.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the first product with K split is being captured in a CUDA graph: run it once before")
+        raise RuntimeError("the first kernel that splits a sum is being captured in a CUDA graph: run it once before")
     return torch.zeros(16384, dtype=torch.int32, device=device)
 
 

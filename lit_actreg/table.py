@@ -186,14 +186,14 @@ def fill_table(
                     number["precision"] = precision
                 if row.get(column(label, bits), {}).get("made_from") == number:
                     continue
-                model = load_decoder(path)
-                trained = model.quant
                 if quantizer is None:
-                    model.set_activations(with_activations(trained, bits))
+                    model = load_decoder(path)
+                    model.set_activations(with_activations(model.quant, bits))
                 else:
                     same = row.get(f"artifact {label}", {}).get("made_from") == artifact
                     if not same or not is_artifact(folder):
-                        model.set_activations(with_activations(trained, activation_bits))
+                        model = load_decoder(path)
+                        model.set_activations(with_activations(model.quant, activation_bits))
                         batches = data.calibration_batches(calibration_tokens, seed=0)
                         quantize_model(
                             model, quantizer, batches, folder, data.tokenizer_path, device=device, overwrite=True
