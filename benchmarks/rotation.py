@@ -4,7 +4,7 @@
 
 W · Rᵀ Q(R x), as :mod:`lit_actreg.quant.rivals` has it (whose H is R here): every linear's input is rotated on the fly,
 in blocks of the largest power of two that divides its width, and quantized on a min-max grid a token. W Rᵀ is rounded
-to nearest and by GPTQ, each with min-max scales, as `table` has them, and with scales of least squared error.
+to nearest and by GPTQ, each with min-max scales, and with scales of least squared error.
 
 GPTQ wants the Hessian of the inputs that the rounded weight will have, the rotated ones. R is linear, so it is made of
 the Hessian H = mean x̂ x̂ᵀ that calibration measures of the inputs x̂ = Rᵀ Q(R x) as the linear sees them:

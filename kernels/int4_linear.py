@@ -158,7 +158,7 @@ def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
     """Whether the linear quantizes its own input: every program does all of it, so for one token only.
 
     With a quantizer of its own it takes 5.6 instead of 4.3 µs at 4096², 11.3 instead of 10.1 at (11008, 4096), 15.0
-    instead of 14.0 at 8192² (benchmarks/results/decode_h100_2026-11-28.csv).
+    instead of 13.9 at 8192² (benchmarks/results/decode_h100_2026-11-28.csv).
     """
     return gemv_serves(x.shape[0], packed, num_groups)
 

@@ -15,6 +15,7 @@ A folder is written beside its place and renamed into it, so it is there whole o
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,10 +99,13 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file beside its place and renames it: who reads it meanwhile, or after a full disk, sees the old one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
-        beside.write_text(text)
-        os.replace(beside, path)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # processes of several machines may write one file
+    try:
+        with writing(path):
+            beside.write_text(text)
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def check_output(path: Path, overwrite: bool) -> None:

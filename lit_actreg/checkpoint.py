@@ -191,7 +191,7 @@ def read_checkpoint_info(path: Path, cache_dir: Path) -> CheckpointInfo:
         folder = cache_dir / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         tokenizer_path = folder / "tokenizer.json"
         folder.mkdir(parents=True, exist_ok=True)
-        if not tokenizer_path.exists() or tokenizer_path.read_text() != text:
+        if not tokenizer_path.exists() or tokenizer_path.read_bytes() != text.encode():
             write_whole(tokenizer_path, text)
     return CheckpointInfo(
         ModelConfig(**saved["shape"]),

@@ -33,7 +33,7 @@ from lit_actreg.checkpoint import is_sharded, last_checkpoint, read_checkpoint_i
 from lit_actreg.config import OptimConfig, QuantConfig, as_plain
 from lit_actreg.contracts import ENTRY_POINT_GROUP
 from lit_actreg.data.datamodule import TextDataModule
-from lit_actreg.data.tokenizer import what_gives_ids
+from lit_actreg.data.tokenizer import gives_other_ids
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.trainer import ActRegTrainer
 
@@ -179,7 +179,7 @@ class ActRegCLI(LightningCLI):
         if reads_text and info.tokenizer is None and options.data.tokenizer is None:
             raise ValueError(f"{path} has no tokenizer.json: name its tokenizer with --data.tokenizer")
         given = options.data.tokenizer and Path(options.data.tokenizer).expanduser()
-        if given and given.is_file() and info.tokenizer and what_gives_ids(given) != what_gives_ids(info.tokenizer):
+        if given and subcommand != "fit" and info.tokenizer and gives_other_ids(given, info.tokenizer):
             raise ValueError(f"data.tokenizer {given} gives other ids than that of {path}: leave it out")
         if subcommand == "fit":
             info.shape.context = max(info.shape.context, options.data.context)

@@ -111,10 +111,6 @@ class QuantConfig:
             raise ValueError(
                 f"token_group_size {self.token_group_size} is no number of columns: choose 1 or more, or null"
             )
-        if self.token_group_size is not None and self.activations == "static" and not self.per_token_sites:
-            raise ValueError(
-                f"token_group_size {self.token_group_size} is of no use where grids have clips: name per_token_sites"
-            )
 
     def mode(self, site: Site) -> str:
         """How one site's input is quantized: as ``activations`` says, "token" or "none"."""

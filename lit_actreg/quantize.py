@@ -97,7 +97,8 @@ def _quantize_layer(
     line["mean_scale"] = result.scale.mean().item()
     line["weight_error"] = ((weight - dequantized).square().sum() / weight.square().sum().clamp(min=1e-30)).item()
     if hessian is not None:
-        rtn = round_to_nearest(weight, quantizer.bits, quantizer.group_size, quantizer.symmetric, "mse")
+        search = quantizer.options().get("scale_search", "mse")  # the yardstick has the method's scales
+        rtn = round_to_nearest(weight, quantizer.bits, quantizer.group_size, quantizer.symmetric, search)
         rtn_weight = dequantize_weight(rtn.codes, rtn.scale, rtn.zero_point)
         line["error"] = relative_layer_error(weight, dequantized, hessian)
         line["rtn_error"] = relative_layer_error(weight, rtn_weight, hessian)

@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from lit_actreg.config import QuantConfig
 from lit_actreg.model import Decoder, LayerCache
 
 
@@ -61,6 +62,10 @@ class ReplayedDecoder(Decoder):
         mine.copy_(ids)
         graph.replay()
         return result
+
+    def set_activations(self, quant: QuantConfig) -> None:
+        super().set_activations(quant)
+        self.forget()
 
     def current_places(self) -> list[int]:
         return [tensor.data_ptr() for tensor in chain(self.parameters(), self.buffers())]

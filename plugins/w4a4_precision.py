@@ -43,15 +43,12 @@ def int4_linear(linear: QuantizedLinear) -> Int4Linear:
     )
 
 
-def fuse_blocks(module: nn.Module) -> int:
-    """Replaces every block that :class:`Int4Block` serves, in place; returns how many."""
-    num_fused = 0
+def fuse_blocks(module: nn.Module) -> None:
+    """Replaces every block that :class:`Int4Block` serves, in place."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Block) and Int4Block.serves(child):
                 setattr(parent, name, Int4Block(child))
-                num_fused += 1
-    return num_fused
 
 
 class W4A4Precision(Precision):
@@ -70,7 +67,6 @@ class W4A4Precision(Precision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         obstacles: Counter[str] = Counter()
-        num_swapped = 0
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
                 if not isinstance(child, QuantizedLinear):
@@ -82,12 +78,11 @@ class W4A4Precision(Precision):
                     obstacles[obstacle] += 1
                 else:
                     setattr(parent, name, int4_linear(child))
-                    num_swapped += 1
-        if num_swapped + obstacles.total() == 0:
-            if any(isinstance(part, Int4Linear) for part in module.modules()):
-                return module  # by an earlier validate of the same module
+        num_linears = sum(isinstance(part, Int4Linear) for part in module.modules())  # or by an earlier validate
+        if num_linears + obstacles.total() == 0:
             raise ValueError("W4A4Precision found no quantized linear: give `validate` a folder that `quantize` wrote")
-        num_fused = fuse_blocks(module)
+        fuse_blocks(module)
+        num_fused = sum(isinstance(part, Int4Block) for part in module.modules())
         for part in module.modules():  # the quantized layers' scales stay float32
             if type(part) is Decoder:  # FSDP2 has made a sharded one another class, which it must stay
                 replay(part)
@@ -95,5 +90,5 @@ class W4A4Precision(Precision):
                 for parameter in part.parameters(recurse=False):
                     parameter.data = parameter.data.to(self.dtype)
         reasons = "".join(f"; {count} stay in float: {reason}" for reason, count in obstacles.items())
-        rank_zero_info(f"W4A4Precision: {num_swapped} linears on integer kernels, {num_fused} blocks fused{reasons}")
+        rank_zero_info(f"W4A4Precision: {num_linears} linears on integer kernels, {num_fused} blocks fused{reasons}")
         return module

@@ -17,7 +17,7 @@ from small_fit import CONTEXT, VOCAB_SIZE, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_actreg.artifact import read_artifact
-from lit_actreg.checkpoint import load_decoder
+from lit_actreg.checkpoint import load_decoder, read_checkpoint_info
 from lit_actreg.cli import main
 from lit_actreg.config import SITES, as_plain
 from lit_actreg.huggingface import huggingface_config, to_huggingface
@@ -104,7 +104,6 @@ def written() -> list[Path]:
         ("fit --clips.tail 0.9", r"clips\.tail 0\.9 is out of range: choose a share"),
         ("fit --clips.momentum 1.5", r"clips\.momentum 1\.5 is out of range: choose 0 to below 1"),
         ("fit --clips.constant -4", r"clips\.constant -4\.0 leaves no range"),
-        ("fit --model.quant.token_group_size 64", "token_group_size 64 is of no use where grids have clips"),
         ("fit --clips.lr -1", r"clips\.lr -1\.0 is negative: use 0"),
         ("fit --throughput.peak_tflops -1", r"throughput\.peak_tflops -1\.0 is not positive: name"),
         ("fit --clips.bits '{0: 1}'", r"clips\.bits \[1\] are out of range"),
@@ -305,6 +304,16 @@ def test_the_monitor_sees_an_artifacts_inputs_on_integer_kernels(made):
     events = EventAccumulator(str(next(Path("runs").rglob("events.*")).parent)).Reload()
     for site in SITES:
         assert events.Scalars(f"outliers_{site}/largest_ratio_00")[0].value > 1
+
+
+def test_a_checkpoints_tokenizer_is_unpacked_once_and_mended(made, tmp_path):
+    """Ranks and commands read the one file at the same time: it must not be emptied and written again."""
+    unpacked = read_checkpoint_info(made["checkpoint"], tmp_path).tokenizer
+    text, inode = unpacked.read_bytes(), unpacked.stat().st_ino
+    assert read_checkpoint_info(made["checkpoint"], tmp_path).tokenizer.stat().st_ino == inode
+    unpacked.write_bytes(text[:50] + b"\xc3")
+    read_checkpoint_info(made["checkpoint"], tmp_path)
+    assert [path.read_bytes() for path in unpacked.parent.iterdir()] == [text]
 
 
 def test_another_tokenizer_is_refused_and_prompts_do_not_matter(made, capsys):

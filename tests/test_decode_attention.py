@@ -3,8 +3,10 @@
 import pytest
 import torch
 from lit_actreg_kernels import decode_attention, ops, reference
+from lit_actreg_kernels.int4_tile import INTERPRETED, tickets_of
 from quantizer_checks import DTYPES, on_device, static_grid
 from torch.nn import functional
+from triton.runtime import interpreter
 
 SHAPES = [(4, 4, 16, 64), (6, 2, 10, 70), (2, 1, 24, 200)]  # H, G, E, C; the last two with padding and groups
 
@@ -44,6 +46,24 @@ def test_kernel_is_the_reference(dtype, shape, splits, monkeypatch):
         torch.testing.assert_close(found.cpu(), expected, rtol=2 * eps + 1e-5, atol=8 * eps + 1e-5)
         assert torch.equal(kept[4].cpu(), values)
         torch.testing.assert_close(kept[3].cpu(), keys, rtol=eps, atol=1e-6)  # a rotation of two products
+
+
+def test_programs_may_end_in_any_order(monkeypatch):
+    """The last of a head joins its parts, and leaves its ticket as it was; a GPU has an order of its own."""
+    monkeypatch.setattr(decode_attention, "splits_for", lambda *_: 4)
+    heads, groups, width, length = 6, 2, 10, 200
+    order = torch.randperm(2 * heads * 4, generator=torch.Generator().manual_seed(0)).tolist()
+    if INTERPRETED:
+        builder, in_order = interpreter.interpreter_builder, interpreter.interpreter_builder.set_grid_idx
+        shuffled = lambda x, y, z: in_order(*divmod(order[4 * x + y], 4), z)  # noqa: E731
+        monkeypatch.setattr(builder, "set_grid_idx", shuffled)
+    cos, sin = angles(length, width)
+    inputs = (*sample(heads, groups, width, length, torch.float32), torch.tensor([190]))
+    inputs = (inputs[0], cos[190], sin[190], *inputs[1:])
+    kept = on_device(*inputs)
+    found = decode_attention.decode_attention(*kept)
+    torch.testing.assert_close(found.cpu(), reference.decode_attention(*inputs), rtol=1e-5, atol=1e-5)
+    assert not tickets_of(kept[0].device).any()
 
 
 @pytest.mark.parametrize("splits", [1, 2])

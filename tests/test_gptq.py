@@ -112,7 +112,7 @@ def test_dead_columns_are_rounded_to_nearest_and_change_nothing_else():
     weight[:, 0] = 4.0
     result = GPTQ(scale_search="minmax").quantize_weight(weight, hessian)
     assert result.notes["dead_columns"] == 2
-    nearest = RTN().quantize_weight(weight, None).codes
+    nearest = RTN(scale_search="minmax").quantize_weight(weight, None).codes
     assert torch.equal(result.codes[:, [3, 11]], nearest[:, [3, 11]])
     alive = [k for k in range(20) if k not in (3, 11)]
     without = GPTQ(scale_search="minmax").quantize_weight(weight[:, alive], hessian[alive][:, alive])

@@ -29,6 +29,17 @@ def test_on_a_cpu_everything_runs_as_it_is():
     assert not model.recorded
 
 
+def test_any_weight_that_moves_and_other_grids_are_noticed():
+    model = small_decoder("neox", QuantConfig())
+    replay(model)
+    assert model.places == model.current_places()
+    model.blocks[0].norm_1.weight.data = model.blocks[0].norm_1.weight.data.clone()
+    assert model.places != model.current_places()
+    model.recorded[torch.Size([1])] = ()
+    model.set_activations(QuantConfig(activations="none"))
+    assert not model.recorded
+
+
 def test_a_recording_does_not_keep_its_model_alive(monkeypatch):
     """Without a GPU the pass is run and not recorded; what is kept beside the graph is the same."""
     if DEVICE == "cpu":

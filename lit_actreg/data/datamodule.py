@@ -143,7 +143,7 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Trains the tokenizer and packs the blocks, unless the cache has them. Lightning calls it on one process."""
-        predicts = self.trainer is None or self.trainer.state.fn == "predict"
+        predicts = self.trainer is not None and self.trainer.state.fn == "predict"
         if predicts and self.prompts and self.given_tokenizer:
             return  # text is generated, none is read
         if (self.given_tokenizer or self.tokenizer_path.is_file()) and self.packed_folder.is_dir():

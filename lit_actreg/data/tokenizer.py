@@ -81,6 +81,18 @@ def what_gives_ids(path: Path) -> dict[str, Any]:
     return {part: read[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
 
 
+def gives_other_ids(path: Path, own: Path) -> bool:
+    """Whether the tokenizer at ``path`` is another than a checkpoint's own, added tokens aside; who cannot say says no.
+
+    A checkpoint's tokenizer may lack an end of text, or be damaged; then it is right to name a mended one.
+    """
+    try:
+        given, theirs = what_gives_ids(path), what_gives_ids(own)
+    except (OSError, ValueError):
+        return False
+    return any(given[part] != theirs[part] for part in given if part != "added_tokens")
+
+
 def end_of_text(tokenizer: Tokenizer, path: Path) -> int:
     """The id of the token that ends a document."""
     ids = [tokenizer.token_to_id(name) for name in END_OF_TEXT_NAMES]

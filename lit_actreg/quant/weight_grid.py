@@ -8,8 +8,8 @@ Two ways to choose its range:
 - "mse": that range times the factor in {1, 0.98, …, 0.2} with the least squared error Σ (w − ŵ)². A few clipped
   weights cost less than a coarse step for all others, the more so the fewer the bits.
 
-RTN then rounds every weight to the nearest code of its grid. With "mse" it is also the yardstick that the report sets
-beside every other method.
+RTN then rounds every weight to the nearest code of its grid. It is also the yardstick that the report sets beside every
+other method.
 """
 
 from typing import Literal
