@@ -19,7 +19,8 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from tqdm import tqdm
 
 from lit_actreg.artifact import is_artifact
 from lit_actreg.callbacks.checkpoint import ResumeCheckpoint, run_folder
@@ -106,11 +107,15 @@ class ActRegCLI(LightningCLI):
             raise ValueError('ckpt_path "best": a fit keeps its newest checkpoints, so name one, or "last"')
         if options.get("ckpt_path") == "last" and not Path("last").exists():
             folder = run_folder(self.trainer)
-            versions = [folder] if (folder / "checkpoints").is_dir() else sorted(folder.parent.glob("*"))
+            alone = self.trainer.logger is None or (folder / "checkpoints").is_dir()
+            versions = [folder] if alone else sorted(folder.parent.glob("*"))
             found = last_checkpoint([version / "checkpoints" for version in versions])
             options["ckpt_path"] = str(found) if found else None
             rank_zero_info(f"--ckpt_path last is {found}" if found else f"{folder} has no checkpoint yet: a new fit")
         path, strategy = options.get("ckpt_path"), self.trainer.strategy
+        clips_from = options.clips.from_checkpoint
+        if clips_from and not path and not Path(clips_from).exists():
+            raise ValueError(f"clips.from_checkpoint {clips_from} does not exist: name a .ckpt of a fit")
         if not isinstance(strategy, ModelParallelStrategy):
             if path and is_sharded(Path(path)):
                 raise ValueError(f"{path} is in shards: resume it with trainer.strategy ModelParallelStrategy")
@@ -179,8 +184,11 @@ class ActRegCLI(LightningCLI):
         if reads_text and info.tokenizer is None and options.data.tokenizer is None:
             raise ValueError(f"{path} has no tokenizer.json: name its tokenizer with --data.tokenizer")
         given = options.data.tokenizer and Path(options.data.tokenizer).expanduser()
-        if given and subcommand != "fit" and info.tokenizer and gives_other_ids(given, info.tokenizer):
-            raise ValueError(f"data.tokenizer {given} gives other ids than that of {path}: leave it out")
+        if given and info.tokenizer and gives_other_ids(given, info.tokenizer):
+            what = f"data.tokenizer {given} gives other ids than that of {path}"
+            if subcommand != "fit":
+                raise ValueError(f"{what}: leave it out")
+            rank_zero_warn(f"{what}, whose embeddings are of other tokens then")
         if subcommand == "fit":
             info.shape.context = max(info.shape.context, options.data.context)
         options.model.shape = Namespace(as_plain(info.shape))
@@ -241,5 +249,7 @@ def main(args: list[str] | None = None) -> None:
     except MISTAKES as error:
         if os.environ.get("LIT_ACTREG_TRACEBACK"):
             raise
+        for bar in list(tqdm._instances):  # the line would stand behind an open one
+            bar.close()
         print(f"lit-actreg: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -165,7 +165,9 @@ def model_config(theirs: Mapping[str, Any], source: Path) -> tuple[ModelConfig, 
             raise ValueError(f"{source}: config.json has no number {key}, but {theirs.get(key)!r}: download it again")
     rope = theirs.get("rope_parameters") or {}
     scaling = theirs.get("rope_scaling") or rope
-    wanted: dict[str, tuple[Any, Any]] = {"rope type": (scaling.get("rope_type", "default"), "default")}
+    wanted: dict[str, tuple[Any, Any]] = {
+        "rope type": (scaling.get("rope_type", scaling.get("type", "default")), "default")  # "type" in older files
+    }
     heads = theirs["num_attention_heads"]
     if style == "neox":
         wanted["use_parallel_residual"] = (theirs.get("use_parallel_residual", True), False)

@@ -101,6 +101,12 @@ class LitLanguageModel(LightningModule):
             raise ValueError(f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: use 1 or more")
         if (trainer.gradient_clip_val or 0) < 0:
             raise ValueError(f"trainer.gradient_clip_val {trainer.gradient_clip_val}: use 0 (no clipping) or more")
+        if trainer.gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm {trainer.gradient_clip_algorithm.value}: use norm")
+        if trainer.log_every_n_steps < 1:
+            raise ValueError(f"trainer.log_every_n_steps {trainer.log_every_n_steps}: use 1 or more")
+        if self.init_from and is_artifact(self.init_from):
+            raise ValueError(f"{self.init_from} is quantized: a fit starts from the checkpoint that it was made from")
         if not self.optim.decay_steps and trainer.max_steps <= 0:
             raise ValueError("the cosine schedule has no end: set trainer.max_steps or optim.decay_steps")
 
@@ -152,6 +158,10 @@ class LitLanguageModel(LightningModule):
         """Whether loggers take what this optimizer step logs: a call of ``log`` costs the host up to a millisecond."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.global_step + 1) % every == 0
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        # What loggers are told is the step. Lightning guesses it after a restart, wrongly at a pass's first window.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         hidden, statistics = self.model(batch[:, :-1])
@@ -292,10 +302,6 @@ class LitLanguageModel(LightningModule):
         leaves the division by GradScaler's factor to a fused optimizer, which comes after the clipping.
         """
         if gradient_clip_val:
-            if gradient_clip_algorithm not in (None, "norm"):
-                raise ValueError(
-                    f"trainer.gradient_clip_algorithm {gradient_clip_algorithm}: gradients are clipped by norm only"
-                )
             if getattr(optimizer, "_step_supports_amp_scaling", False):  # it is fused
                 scaler = getattr(self.trainer.precision_plugin, "scaler", None)
                 if scaler is not None:

@@ -89,6 +89,8 @@ def _quantize_layer(
         result = quantizer.quantize_weight(weight, hessian)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    if not isinstance(result, QuantizedWeight):
+        raise ValueError(f"{name}: {type(quantizer).__name__} gave {type(result).__name__}, not a QuantizedWeight")
     if fault := result.fault(quantizer, weight.shape):
         raise ValueError(f"{name}: {type(quantizer).__name__} gave {fault}")
     dequantized = dequantize_weight(result.codes, result.scale, result.zero_point)

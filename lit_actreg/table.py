@@ -33,6 +33,7 @@ from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.data.packed import IGNORE
 from lit_actreg.data.tokenizer import what_gives_ids
 from lit_actreg.model import Decoder
+from lit_actreg.plan import plan_layers
 from lit_actreg.quant.quantized_linear import QuantizedLinear
 from lit_actreg.quantize import quantize_model
 from lit_actreg.work_folder import described
@@ -108,6 +109,8 @@ def common_bits(checkpoints: dict[str, Path], cache_dir: Path) -> int:
             raise ValueError(
                 f'{name} was trained with activations "{quant.activations}", which no artifact holds: validate it'
             )
+        if quant.activations in ("static", "clamp") and quant.clipped_sites and quant.zero_point == "real":
+            raise ValueError(f'{name} was trained with zero_point "real", which no artifact holds: validate it')
         if quant.activations != "none":
             bits[name] = quant.activation_bits
         if info.tokenizer is not None:
@@ -123,6 +126,26 @@ def common_bits(checkpoints: dict[str, Path], cache_dir: Path) -> int:
     if len(set(bits.values())) > 1:
         raise ValueError(f"checkpoints have activations of different bits, {bits}: give each a table of its own")
     return next(iter(bits.values()), 4)
+
+
+def refuse(checkpoints: dict[str, Path], quantizers: list[Quantizer], calibration_tokens: int, cache_dir: Path) -> None:
+    """Raises a ValueError where no table can be made, before anything is computed."""
+    common_bits(checkpoints, cache_dir)
+    weight_names(quantizers)
+    if calibration_tokens < 1:
+        raise ValueError(f"calibration_tokens {calibration_tokens} is too small: use 1 or more")
+    for name, path in checkpoints.items():
+        if Path(name).name != name:
+            raise ValueError(f'checkpoints "{name}" is no name of a row: its artifacts would lie elsewhere')
+        info = read_checkpoint_info(path, cache_dir)
+        quant = info.quant or QuantConfig(activations="none")
+        with torch.device("meta"):
+            model = Decoder(info.shape, QuantConfig(activations="none"), info.vocab_size)
+        for quantizer in quantizers:
+            try:
+                plan_layers(model, quantizer, with_activations(quant, quant.activation_bits))
+            except ValueError as error:
+                raise ValueError(f"checkpoints {name}, {type(quantizer).__name__}: {error}") from None
 
 
 def num_sequences(data: TextDataModule, limit: int | float) -> int:

@@ -17,7 +17,7 @@ from lit_actreg.data.tokenizer import load_tokenizer
 from lit_actreg.module import LitLanguageModel
 from lit_actreg.quant.clips import ClipMethod
 from lit_actreg.quantize import quantize_model
-from lit_actreg.table import common_bits, fill_table, plain, weight_names, write_table
+from lit_actreg.table import fill_table, plain, refuse, write_table
 
 
 def another_process_does_it() -> bool:
@@ -86,6 +86,8 @@ class ActRegTrainer(Trainer):
         if quantizer.needs_hessian or calibrate is not None:  # nothing else has a use for text
             if from_huggingface and tokenizer is None:
                 raise ValueError(f"{model.init_from} has no tokenizer.json: name its tokenizer with --data.tokenizer")
+            if calibration_tokens < 1:
+                raise ValueError(f"calibration_tokens {calibration_tokens} is too small: use 1 or more")
             datamodule.prepare_data()
             datamodule.setup("quantize")
             batches = datamodule.calibration_batches(calibration_tokens, seed)
@@ -127,9 +129,8 @@ class ActRegTrainer(Trainer):
         if another_process_does_it():
             return
         assert isinstance(datamodule, TextDataModule)
-        paths = {name: Path(path) for name, path in checkpoints.items()}
-        common_bits(paths, datamodule.cache_dir)  # refuses what it would refuse after packing
-        weight_names(quantizers)
+        paths = {str(name): Path(path) for name, path in checkpoints.items()}
+        refuse(paths, quantizers, calibration_tokens, datamodule.cache_dir)  # what it would after packing
         datamodule.prepare_data()
         datamodule.setup("table")
         results = fill_table(
@@ -144,6 +145,7 @@ class ActRegTrainer(Trainer):
             self.limit_val_batches,
         )
         print(write_table(results, output))
-        text = "the same text" if self.limit_val_batches == 1.0 else "all validation text"
+        whole = isinstance(self.limit_val_batches, float) and self.limit_val_batches == 1.0
+        text = "the same text" if whole else "all validation text"
         print(f"unigram perplexity of {text}: {datamodule.unigram_perplexity():.1f}")
         print(f"artifacts, table.csv and table.png: {output}")

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,7 +66,7 @@ class WorkFolder:
         self.path = path
         if path.exists() and overwrite and self._job() != job:
             shutil.rmtree(path)
-        if path.exists() and self._job() != job:
+        if path.exists() and any(path.iterdir()) and self._job() != job:
             raise FileExistsError(
                 f"{path} holds the unfinished work of another model or other options: repeat that command, delete the "
                 "folder, or set overwrite"
@@ -97,12 +97,15 @@ class WorkFolder:
             os.replace(partial, self._file(index))
 
     def load(self, index: int, bits: int) -> tuple[dict[Site, QuantizedWeight], list[dict[str, Any]]] | None:
-        """The finished block, or None where it is not finished."""
+        """The finished block, or None where it is not finished, or was torn when the machine stopped."""
         if not self._file(index).exists():
             return None
-        with safe_open(self._file(index), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            layers = json.loads(file.metadata()["layers"])
+        try:
+            with safe_open(self._file(index), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                layers = json.loads(file.metadata()["layers"])
+        except SafetensorError:
+            return None
         weights = {
             site: QuantizedWeight(
                 tensors[f"{site}.codes"], tensors[f"{site}.scale"], tensors.get(f"{site}.zero_point"), bits

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
-from small_fit import CONTEXT, VOCAB_SIZE, datamodule, lit_module, trainer, write_corpus
+from small_fit import CONTEXT, VOCAB_SIZE, Records, datamodule, lit_module, trainer, write_corpus
 
 from lit_actreg.callbacks.checkpoint import ResumeCheckpoint
 from lit_actreg.checkpoint import damage, last_checkpoint, newest_first, whole_or_before
@@ -160,3 +160,44 @@ def test_last_is_found_in_the_run_and_goes_on_from_the_whole_one(corpus, tmp_pat
     main([*command, "--trainer.max_steps=8", "--trainer.logger.version=1"])
     assert "--ckpt_path last is runs/x/version_1/checkpoints/step=6.ckpt" in caplog.text
     assert names(tmp_path / "runs/x/version_1/checkpoints") == ["last.ckpt", "step=6.ckpt", "step=8.ckpt"]
+
+
+def test_last_without_a_logger_is_of_this_folder_alone(corpus, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    command = ["fit", f"--data.source={corpus}", f"--data.cache_dir={corpus.parent}/cache", "--data.num_workers=0"]
+    command += [f"--data.vocab_size={VOCAB_SIZE}", f"--data.context={CONTEXT}", "--data.valid_share=0.1"]
+    command += ["--model.shape={num_layers: 1, width: 32, num_heads: 2}", "--trainer.max_steps=1", "--ckpt_path=last"]
+    command += ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    for name in ("one", "beside"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        main(command)
+        assert f"{tmp_path / name} has no checkpoint yet: a new fit" in caplog.text
+
+
+@pytest.mark.parametrize("stopped_at", [0, 1, 4, 6, 7])
+def test_loggers_are_told_the_steps_of_an_uninterrupted_fit(corpus, tmp_path, stopped_at):
+    """Wherever in a window of two batches the fit was stopped; its passes have six."""
+
+    class Terminated(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.fit_loop.epoch_loop.batch_progress.total.processed == stopped_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"accumulate_grad_batches": 2, "limit_train_batches": 6, "enable_checkpointing": True, "steps": 6}
+    whole, rest = Records(), Records()
+    trainer([ResumeCheckpoint()], logger=whole, default_root_dir=tmp_path / "whole", **options).fit(
+        lit_module(), datamodule=datamodule(corpus)
+    )
+    with pytest.raises(SystemExit):
+        trainer([ResumeCheckpoint(), Terminated()], logger=False, default_root_dir=tmp_path, **options).fit(
+            lit_module(), datamodule=datamodule(corpus)
+        )
+    (last,) = [path for path in (tmp_path / "checkpoints").glob("step=*.ckpt")][-1:]
+    trainer([ResumeCheckpoint()], logger=rest, default_root_dir=tmp_path / "rest", **options).fit(
+        lit_module(), datamodule=datamodule(corpus), ckpt_path=last
+    )
+    found, expected = rest.of("train/loss"), whole.of("train/loss")
+    assert found
+    assert found == {step: expected[step] for step in found}
+    assert max(found) == max(expected)

@@ -79,6 +79,7 @@ def test_sharded_checkpoints_and_bfloat16(tmp_path):
         ({"model_type": "gpt2"}, 'model_type "gpt2" is not "gpt_neox" or "llama"'),
         ({"attention_bias": True}, "attention_bias True is not supported"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope type 'llama3' is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope type 'linear' is not supported"),
         ({"head_dim": 128}, "head_dim 128 is not supported, only 6"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"quantization_config": {}}, "it is already quantized"),

@@ -37,6 +37,28 @@ class DiesAfter(GPTQ):
         return super().quantize_weight(weight, hessian)
 
 
+class Empty(RTN):
+    def quantize_weight(self, weight, hessian):
+        return None
+
+
+def test_a_torn_block_is_made_again_and_an_empty_work_folder_is_nobodys(tmp_path):
+    model = small_decoder("neox")
+    DiesAfter.calls = 5  # the second block's second layer
+    with pytest.raises(Interrupted):
+        quantize_model(model, DiesAfter(), CALIBRATION, tmp_path / "out")
+    block = tmp_path / "out.work" / "block_0000.safetensors"
+    block.write_bytes(block.read_bytes()[:1000])  # as a machine leaves it whose disk was not told to write
+    DiesAfter.calls = 10**9
+    quantize_model(model, DiesAfter(), CALIBRATION, tmp_path / "out")
+    (tmp_path / "whole.work").mkdir()
+    quantize_model(model, DiesAfter(), CALIBRATION, tmp_path / "whole")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(ValueError, match=r"blocks\.0\.qkv: Empty gave NoneType, not a QuantizedWeight"):
+        quantize_model(model, Empty(), [], tmp_path / "none")
+
+
 @pytest.mark.parametrize("style", ["neox", "llama"])
 @pytest.mark.parametrize("died_at_layer", [2, 5])
 def test_resumes_where_it_stopped_and_gives_the_same_bytes(style, died_at_layer, tmp_path):

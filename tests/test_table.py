@@ -27,7 +27,7 @@ from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.data.packed import IGNORE
 from lit_actreg.huggingface import huggingface_config, to_huggingface
 from lit_actreg.module import LitLanguageModel
-from lit_actreg.table import fill_table, perplexity, plain, weight_names, with_activations, write_table
+from lit_actreg.table import fill_table, perplexity, plain, refuse, weight_names, with_activations, write_table
 from lit_actreg.trainer import ActRegTrainer
 
 CPU = torch.device("cpu")
@@ -250,12 +250,30 @@ def test_checkpoints_that_do_not_compare_are_refused(tmp_path, data, other, says
         table({}, [RTN(bits=4)], data, tmp_path / "table")
 
 
+@pytest.mark.parametrize(
+    ("name", "quant", "quantizer", "tokens", "says"),
+    [
+        ("../a", {}, RTN(), 256, r'checkpoints "\.\./a" is no name of a row'),
+        ("a", {"zero_point": "real"}, RTN(), 256, 'a was trained with zero_point "real", which no artifact holds'),
+        ("a", {}, RTN(group_size=48), 256, r"checkpoints a, RTN: blocks\.0\.qkv: group_size 48 does not divide"),
+        ("a", {}, RTN(), 0, "calibration_tokens 0 is too small"),
+    ],
+)
+def test_what_makes_no_table_is_refused_before_packing(tmp_path, name, quant, quantizer, tokens, says):
+    path = checkpoint(tmp_path / "a.ckpt", "static")
+    saved = torch.load(path, weights_only=True)
+    saved["hyper_parameters"]["quant"].update(quant)
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match=says):
+        refuse({name: path}, [quantizer], tokens, tmp_path / "cache")
+
+
 def test_the_trainer_tells_the_table_its_plugin_and_limit(tmp_path, data):
-    paths = {"a": checkpoint(tmp_path / "a.ckpt", "static")}
+    paths = {1: checkpoint(tmp_path / "a.ckpt", "static")}  # as YAML reads a seed
     quiet = {"logger": False, "accelerator": "cpu", "devices": 1}
     engine = ActRegTrainer(limit_val_batches=1, plugins=W4A4Precision("bfloat16"), **quiet)
     engine.table(LitLanguageModel(ModelConfig()), data, paths, [RTN(bits=4)], tmp_path / "out", 256)
-    row = json.loads((tmp_path / "out" / "results.json").read_text())["a"]
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["1"]
     assert row["W4A4 RTN"]["made_from"]["precision"] == plain(W4A4Precision("bfloat16"))
     assert row["W4A4 RTN"]["made_from"]["sequences"] == data.batch_size
 

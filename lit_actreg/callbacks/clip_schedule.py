@@ -68,6 +68,9 @@ class ClipSchedule(Callback):
         self.method, self.constant, self.tail = method, constant, tail
         if lr < 0:
             raise ValueError(f"clips.lr {lr} is negative: use 0 (clips stay where calibration put them) or more")
+        for name, step in [("freeze_step", freeze_step or 0), *(("calibrate_steps", s) for s in calibrate_steps or [])]:
+            if step < 0:
+                raise ValueError(f"clips.{name} {step} is negative: use 0 or more")
         if not 0 <= momentum < 1:
             raise ValueError(f"clips.momentum {momentum} is out of range: choose 0 to below 1")
         if constant <= 0:
@@ -142,7 +145,8 @@ class ClipSchedule(Callback):
                 if isinstance(quantizer, InputQuantizer):  # also those without clips
                     quantizer.enabled = bits != 16
                     quantizer.bits = bits if bits != 16 else quantizer.bits
-        if step in self.calibrate_steps and step != self._calibrated_step:
+        frozen = self.freeze_step is not None and step >= max(1, self.freeze_step)  # they start somewhere
+        if step in self.calibrate_steps and step != self._calibrated_step and not frozen:
             self.calibrate(trainer, pl_module, batch[:, :-1])
             self._calibrated_step = step
 

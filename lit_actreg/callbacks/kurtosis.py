@@ -39,7 +39,7 @@ class KurtosisRegularization(Callback):
         every_nth_token: int = 4,
     ) -> None:
         self.weight, self.warmup_steps, self.every_nth_token = weight, warmup_steps, every_nth_token
-        self.sites = tuple(SITES if sites is None else sites)
+        self.sites = tuple(dict.fromkeys(SITES if sites is None else sites))
         if weight < 0:
             raise ValueError(f"kurtosis.weight {weight} is negative and would grow outliers: use 0 or more")
         if warmup_steps < 0:

@@ -32,6 +32,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_actreg.callbacks.checkpoint import run_folder
+from lit_actreg.checkpoint import last_checkpoint
 from lit_actreg.data.resume import num_trained_batches
 from lit_actreg.data.sampler import TrainSampler
 from lit_actreg.parallel import whole
@@ -161,9 +163,9 @@ class LossGuard(Callback):
             line = f"step {step}: loss {loss:.4f} {what}, {where}"
             if action == "stop":
                 option = "--guard.nan skip" if kind == NAN else "--guard.spike skip"
-                raise ValueError(
-                    f"{line}: stopped with the weights before it; resume with {option}, or a lower optim.lr"
-                )
+                newest = last_checkpoint([run_folder(trainer) / "checkpoints"])
+                again = f"resume from {newest}" if newest else "there is no checkpoint yet: begin again"
+                raise ValueError(f"{line}: stopped; {again} with {option}, or a lower optim.lr")
             if in_a_row >= self.max_skipped:
                 raise ValueError(f"{line}: stopped after {self.max_skipped} skipped in a row (guard.max_skipped)")
             self.num_skipped += 1

@@ -92,6 +92,8 @@ class OutlierMonitor(Callback):
     ) -> None:
         self.every_n_steps, self.num_tokens, self.pictures_every = every_n_steps, num_tokens, pictures_every
         self.layer, self.site = layer, site
+        if every_n_steps < 0:
+            raise ValueError(f"outliers.every_n_steps {every_n_steps} is negative: use 0 (none) or more")
         if num_tokens < 1:
             raise ValueError(f"outliers.num_tokens {num_tokens} is too small: use 1 or more")
         self.steps: list[int] = []
