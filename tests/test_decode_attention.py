@@ -55,7 +55,10 @@ def test_programs_may_end_in_any_order(monkeypatch):
     order = torch.randperm(2 * heads * 4, generator=torch.Generator().manual_seed(0)).tolist()
     if INTERPRETED:
         builder, in_order = interpreter.interpreter_builder, interpreter.interpreter_builder.set_grid_idx
-        shuffled = lambda x, y, z: in_order(*divmod(order[4 * x + y], 4), z)  # noqa: E731
+
+        def shuffled(x, y, z):
+            in_order(*divmod(order[4 * x + y], 4), z)
+
         monkeypatch.setattr(builder, "set_grid_idx", shuffled)
     cos, sin = angles(length, width)
     inputs = (*sample(heads, groups, width, length, torch.float32), torch.tensor([190]))
