@@ -32,7 +32,7 @@ from lit_actreg.callbacks.throughput import Throughput
 from lit_actreg.callbacks.weight_penalty import WeightPenalty
 from lit_actreg.checkpoint import is_sharded, last_checkpoint, read_checkpoint_info, whole_or_before
 from lit_actreg.config import OptimConfig, QuantConfig, as_plain
-from lit_actreg.contracts import ENTRY_POINT_GROUP
+from lit_actreg.contracts import ENTRY_POINT_GROUP, Quantizer
 from lit_actreg.data.datamodule import TextDataModule
 from lit_actreg.data.tokenizer import gives_other_ids
 from lit_actreg.module import LitLanguageModel
@@ -228,7 +228,10 @@ def one_line(message: str) -> str:
     """An error's message as one line, without jsonargparse's account of the other types that did not fit either."""
     noise = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(noise))
+    said = " ".join(line for line in lines if line and not line.startswith(noise))
+    if said.startswith('Parser key "quantizer": Expected a dot import path'):
+        said += f" (or one of {', '.join(sorted(kind.__name__ for kind in Quantizer.__subclasses__()))})"
+    return said
 
 
 def main(args: list[str] | None = None) -> None:

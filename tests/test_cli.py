@@ -131,7 +131,7 @@ def written() -> list[Path]:
         ("quantize --quantizer RTN --output out", "quantize needs a trained model: name one with --ckpt_path"),
         ("table --checkpoints {} --quantizers []", "table needs a trained model: name one with --checkpoints"),
         ("quantize --output out", "quantizer. is required"),
-        ("quantize --output out --quantizer Magic", '"quantizer": .* Magic'),
+        ("quantize --output out --quantizer Magic", r'"quantizer": .* Magic \(or one of .*GPTQ, .*RTN'),
         ("quantize --output out --quantizer RTN --quantizer.speed 9", "Option 'speed' is not accepted"),
         ("quantize --output out --quantizer RTN --ckpt_path missing.ckpt", r"missing\.ckpt does not exist"),
     ],
