@@ -82,6 +82,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | float) -> Tens
     return (codes.to(scale.dtype) - zero_point) * scale
 
 
+def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor | float, bits: int) -> Tensor:
+    """x̂ = (q − z) · s of finite x (float32, float64): what the two above give, to the bit, in one new tensor."""
+    q_min, q_max = code_range(bits)
+    return (x / scale).add_(zero_point).round_().clamp_(q_min, q_max).sub_(zero_point).mul_(scale)
+
+
 def pack_int4(codes: Tensor) -> Tensor:
     """Two 4-bit codes a byte for the kernels: int8 [N, K] → uint8 [N, ⌈K/2⌉], an odd K padded with a zero code.
 

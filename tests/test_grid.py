@@ -61,6 +61,15 @@ def test_per_token_grid_covers_every_token():
     assert (error <= scale * 1.001).all()  # half a step of the codes' rounding and half of the zero point's
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("integer_zero_point", [True, False])
+def test_on_grid_is_quantize_and_dequantize(dtype, integer_zero_point):
+    x = torch.randn(50, 40, dtype=dtype) * torch.logspace(-3, 3, 50, dtype=dtype)[:, None]
+    scale, zero_point = grid.grid_from_clips(x.amin(1, True) * 0.7, x.amax(1, True) * 0.6, 4, integer_zero_point)
+    expected = grid.dequantize(grid.quantize(x, scale, zero_point, 4), scale, zero_point)
+    assert torch.equal(grid.on_grid(x, scale, zero_point, 4), expected)
+
+
 @pytest.mark.parametrize("columns", [1, 2, 7, 64, 129])
 def test_packing_round_trip(columns):
     codes = torch.randint(-8, 8, (5, columns), dtype=torch.int8)

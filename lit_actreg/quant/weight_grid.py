@@ -39,13 +39,9 @@ def weight_grid(groups_NGC: Tensor, bits: int, symmetric: bool, search: ScaleSea
     if search == "minmax":
         return scale, zero_point
     least = torch.full_like(scale, torch.inf)
-    q_min, q_max = grid.code_range(bits)
     for factor in SHRINK_FACTORS:
         s, z = _grid_of_range(low * factor, high * factor, bits, symmetric)
-        s_NG1, z_NG1 = s[..., None], z[..., None]
-        # grid.quantize and dequantize in place: with a tensor a step the search takes a CPU several times as long
-        error = (groups_NGC / s_NG1).add_(z_NG1).round_().clamp_(q_min, q_max).sub_(z_NG1).mul_(s_NG1)
-        error = error.sub_(groups_NGC).square_().sum(-1)
+        error = grid.on_grid(groups_NGC, s[..., None], z[..., None], bits).sub_(groups_NGC).square_().sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
