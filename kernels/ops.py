@@ -282,6 +282,7 @@ def decode_attention(
     """y [B, H · E] of one token a sequence; see :func:`lit_actreg_kernels.reference.decode_attention`.
 
     With a static grid (``scale`` and ``zero_point`` [1]) its codes, int8. float64 runs the reference on every device.
+    Not on two streams of a GPU at a time (:func:`.int4_tile.tickets_of`).
     """
     check_attention(qkv, cos, sin, keys, values, position, scale, zero_point, bits)
     implementation = _implementation(qkv, "decode_attention") if qkv.dtype in FLOAT_DTYPES else reference

@@ -13,7 +13,6 @@ A folder is written beside its place and renamed into it, so it is there whole o
 """
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -103,7 +102,7 @@ def write_whole(path: Path, text: str) -> None:
     try:
         with writing(path):
             beside.write_text(text)
-            os.replace(beside, path)
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -156,8 +156,7 @@ class LitLanguageModel(LightningModule):
     @property
     def logs_now(self) -> bool:
         """Whether loggers take what this optimizer step logs: a call of ``log`` costs the host up to a millisecond."""
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (self.global_step + 1) % every == 0
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         # What loggers are told is the step. Lightning guesses it after a restart, wrongly at a pass's first window.

@@ -35,7 +35,7 @@ class ClipSchedule(Callback):
         lr: Peak learning rate of the clips; 0 leaves them where calibration put them.
         unit: "relative": lr is a share of half the clip interval; "absolute": of 1.
         momentum: Adam's β₁ for the clips.
-        freeze_step: Optimizer step from which the clips stay fixed; null means never.
+        freeze_step: Optimizer step from which the clips stay fixed (but for a calibration at step 0); null means never.
         bits: Bits of the grid from given optimizer steps on, 16 for none; null means quant.activation_bits throughout.
         calibrate_steps: Optimizer steps at which the clips are set from the batch.
         method: How they are set: "mse", "minmax", "quantile" or "constant".
