@@ -11,12 +11,13 @@ such rounds nothing is under way: unpacked int8 carried around the loop would be
 BLOCK_K = 64 is what registers allow; with 128, ptxas gives up the overlap (C7512).
 
 Programs are persistent: each walks over tiles, and the steps of all its tiles are one sequence to the ring, so the
-first steps of the next tile arrive while the epilogue of the last one runs.
+first steps of the next tile arrive while the epilogue of the last one runs. With four warps a tile, two programs have
+room on a multiprocessor, and one multiplies while the other is in its epilogue.
 
 TMA fills whatever lies outside a tensor with zeros, so tails need no masks: a step past P multiplies zero weights.
 
-The tile is y^T = W · A^T, BLOCK_N outputs × BLOCK_M tokens. 256 × 128 moves 32 KiB from L2 a step of 256 · 128 · 128
-products, where an int8 GEMM of that tile moves 48.
+The tile is y^T = W · A^T, BLOCK_N outputs × BLOCK_M tokens. 128 × 128 moves 24 KiB from L2 a step of 128 · 128 · 128
+products, where an int8 GEMM of that tile moves 32.
 
 Needs 16-byte rows: K and P multiples of 16. One weight scale a channel. Everything else as :mod:`.int4_linear`.
 """
@@ -107,44 +108,91 @@ def _halves(acc):
 
 
 @gluon.jit
+def allocate_staging(
+    DTYPE: gl.constexpr, HAS_RESIDUAL: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, ROW: gl.constexpr
+):
+    """Where outputs change hands, ROW bytes each of BLOCK_N or less; in float32 where a residual is to come."""
+    STAGED: gl.constexpr = gl.float32 if HAS_RESIDUAL else DTYPE
+    BITS: gl.constexpr = STAGED.primitive_bitwidth
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(128 // BITS, 1, 8, [0, 1])
+    return gl.allocate_shared_memory(STAGED, [BLOCK_N, min(BLOCK_M, ROW * 8 // BITS)], LAYOUT)
+
+
+@gluon.jit
+def load_outputs(
+    n0,
+    N,
+    pointers,
+    PER_TOKEN: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    ACC: gl.constexpr,
+):
+    """What the epilogue wants of a tile's outputs [BLOCK_N]: s_w / 16, 16 Σ w and b; times s_x and z_x if static."""
+    _, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, _ = pointers
+    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
+    scale = gl.load(weight_scale_ptr + n, mask=n < N, other=0.0) * 0.0625
+    sums = gl.load(weight_sums_ptr + n, mask=n < N, other=0).to(gl.float32) * 16.0
+    bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32) if HAS_BIAS else scale
+    if not PER_TOKEN:
+        scale *= gl.load(act_scale_ptr)
+        sums *= gl.load(act_zero_point_ptr)
+    return scale, sums, bias
+
+
+@gluon.jit
 def finish(
     acc,
     m0,
     n0,
+    outputs,
     pointers,
     M,
     N,
+    staging,
     PER_TOKEN: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
-    STORE: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
-    """The epilogue of sums acc [BLOCK_N, BLOCK_M], int32 without the factor 16: scales, bias, residual; writes y.
+    """The epilogue of 16-fold int32 sums acc [BLOCK_N, BLOCK_M]: scales, bias, residual; writes y.
 
-    Outputs are contiguous along N, unlike a thread's sums; STORE is the layout that is written.
+    Outputs are contiguous along N, unlike a thread's sums, and change hands in ``staging``; what does not fit there is
+    done half by half.
     """
-    y_ptr, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, residual_ptr = pointers
-    ACC: gl.constexpr = acc.type.layout
-    m = m0 + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, ACC))
-    n = n0 + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, ACC))
-    act_scale = gl.load(act_scale_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
-    zero_point = gl.load(act_zero_point_ptr + m * PER_TOKEN, mask=m < M, other=0.0)
-    weight_scale = gl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
-    sums = gl.load(weight_sums_ptr + n, mask=n < N, other=0).to(gl.float32)
-    y = weight_scale[:, None] * (acc.to(gl.float32) - zero_point[None, :] * sums[:, None])
-    y *= act_scale[None, :]
-    if HAS_BIAS:
-        y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-    m = m0 + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, STORE))
-    n = n0 + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE))
-    offsets = m.to(gl.int64)[None, :] * N + n[:, None]
-    inside = (m < M)[None, :] & (n < N)[:, None]
-    if HAS_RESIDUAL:
-        y = gl.convert_layout(y, STORE) + gl.load(residual_ptr + offsets, mask=inside, other=0.0).to(gl.float32)
-        out = y.to(y_ptr.dtype.element_ty)
+    if acc.shape[1] > staging.shape[1]:
+        left, right = _halves(acc)
+        HALF: gl.constexpr = acc.shape[1] // 2
+        finish(left, m0, n0, outputs, pointers, M, N, staging, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, num_warps)
+        finish(right, m0 + HALF, n0, outputs, pointers, M, N, staging, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, num_warps)
     else:
-        out = gl.convert_layout(y.to(y_ptr.dtype.element_ty), STORE)
-    gl.store(y_ptr + offsets, out, mask=inside)
+        y_ptr, act_scale_ptr, act_zero_point_ptr, _, _, _, residual_ptr = pointers
+        ACC: gl.constexpr = acc.type.layout
+        ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
+        scale, sums, bias = outputs
+        scale = gl.convert_layout(scale, ROWS, assert_trivial=True)[:, None]
+        sums = gl.convert_layout(sums, ROWS, assert_trivial=True)[:, None]
+        if PER_TOKEN:
+            m = m0 + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, ACC))
+            zero_point = gl.load(act_zero_point_ptr + m, mask=m < M, other=0.0)[None, :]
+            act_scale = gl.load(act_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+            y = scale * (acc.to(gl.float32) - zero_point * sums) * act_scale
+        else:
+            y = scale * (acc.to(gl.float32) - sums)
+        if HAS_BIAS:
+            y += gl.convert_layout(bias, ROWS, assert_trivial=True)[:, None]
+        staging.store(y.to(staging.dtype))
+        # Eight outputs a thread, so that bfloat16 leaves in 16-byte stores.
+        LANES: gl.constexpr = min(acc.shape[0] // 8, 32)
+        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, num_warps], [0, 1])
+        y = staging.load(STORE)
+        m = m0 + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, STORE))
+        n = n0 + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE))
+        offsets = m.to(gl.int64)[None, :] * N + n[:, None]
+        inside = (m < M)[None, :] & (n < N)[:, None]
+        if HAS_RESIDUAL:
+            y += gl.load(residual_ptr + offsets, mask=inside, other=0.0).to(gl.float32)
+        gl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
@@ -182,6 +230,8 @@ def _kernel(
 
     packed_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N, BLOCK_K], packed_desc.layout)
     codes_smem = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BLOCK_M, BLOCK_K], codes_desc.layout)
+    staging = allocate_staging(y_ptr.dtype.element_ty, HAS_RESIDUAL, BLOCK_N, BLOCK_M, 128)
+    pointers = (y_ptr, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, residual_ptr)
     filled = allocate_barriers(STAGES)
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
@@ -193,6 +243,7 @@ def _kernel(
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         next_tile = tile + gl.num_programs(0)
         m_next, n_next = _place(next_tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        outputs = load_outputs(n0, N, pointers, PER_TOKEN, HAS_BIAS, BLOCK_N, ACC)
         acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, ACC)
         for base in range(0, num_steps, UNROLL):
             low, high = _unpack(packed_smem, filled, 0, 0, OPERAND)
@@ -222,13 +273,7 @@ def _kernel(
                 if i + 1 < UNROLL:
                     low, high = _unpack(packed_smem, filled, (i + 1) % STAGES, (i + 1) // STAGES % 2, OPERAND)
             acc = warpgroup_mma_wait(0, deps=[acc])
-        pointers = (y_ptr, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, residual_ptr)
-        # Eight outputs a thread, so that bfloat16 leaves in 16-byte stores.
-        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, num_warps], [0, 1])
-        # Half by half: beside all sums of a tile a residual does not fit into registers.
-        left, right = _halves(acc >> 4)
-        finish(left, m0, n0, pointers, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, STORE)
-        finish(right, m0 + BLOCK_M // 2, n0, pointers, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, STORE)
+        finish(acc, m0, n0, outputs, pointers, M, N, staging, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, num_warps)
         m0, n0 = m_next, n_next
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(filled.index(stage))

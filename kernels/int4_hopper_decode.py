@@ -16,7 +16,9 @@ Needs what :mod:`.int4_hopper` needs: K and P multiples of 16, one weight scale 
 import torch
 from lit_actreg_kernels.int4_hopper import (
     allocate_barriers,
+    allocate_staging,
     finish,
+    load_outputs,
     operand_layout,
     thread_barrier,
     times_16_high,
@@ -103,6 +105,7 @@ def _kernel(
 
     packed_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N, BLOCK_K], packed_desc.layout)
     codes_smem = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BLOCK_M, BLOCK_K], codes_desc.layout)
+    staging = allocate_staging(y_ptr.dtype.element_ty, HAS_RESIDUAL, BLOCK_N, BLOCK_M, 256)
     filled = allocate_barriers(STAGES)
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
@@ -110,6 +113,8 @@ def _kernel(
 
     for i in gl.static_range(STAGES):
         _fetch_weights(codes_desc, packed_desc, packed_smem, filled, first + i, i, i < count, n0)
+    pointers = (y_ptr, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, residual_ptr)
+    outputs = load_outputs(n0, N, pointers, PER_TOKEN, HAS_BIAS, BLOCK_N, ACC)
     _wait_for_previous_kernel()
     _let_next_kernel_start()
     for i in gl.static_range(STAGES):
@@ -130,7 +135,6 @@ def _kernel(
         _fetch_codes(codes_desc, codes_smem, filled, first + step + STAGES, buffer, wanted, P)
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(filled.index(stage))
-    acc = acc >> 4
 
     last = True
     if SPLIT_K > 1:
@@ -147,9 +151,7 @@ def _kernel(
             acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, ACC)
             for part in gl.static_range(SPLIT_K):
                 acc += gl.load(partial_ptrs + part * BLOCK_N * BLOCK_M, cache_modifier=".cg")
-        pointers = (y_ptr, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, residual_ptr)
-        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, num_warps], [0, 1])
-        finish(acc, 0, n0, pointers, M, N, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, STORE)
+        finish(acc, 0, n0, outputs, pointers, M, N, staging, PER_TOKEN, HAS_BIAS, HAS_RESIDUAL, num_warps)
 
 
 def int4_decode(

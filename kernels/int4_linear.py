@@ -12,9 +12,9 @@ four bits buy bandwidth and memory.
 **Regimes.** One token: :mod:`.int4_gemv`, or :mod:`.int4_grouped_gemv`, without tensor cores. Up to 64: the weights
 are read once and that is the time it takes; on sm_90 :mod:`.int4_hopper_decode`, else the kernel here. K is split when
 N gives too few tiles: split programs write int32 partial sums, and the last one of a tile to arrive (it takes a ticket)
-adds them, integers, so the result does not depend on the order. Many tokens: :mod:`.int4_hopper` where it serves and
-its large tiles fill the GPU; else 128 × 128 tiles, two programs a multiprocessor so that one unpacks while the other
-multiplies, ordered so that neighbours share weights in L2.
+adds them, integers, so the result does not depend on the order. Many tokens: 128 × 128 tiles, two programs a
+multiprocessor so that one unpacks or writes while the other multiplies, ordered so that neighbours share weights in L2;
+on sm_90 in :mod:`.int4_hopper`.
 
 **Groups** of columns, of weights or of activations, are :mod:`.int4_grouped`'s (P is a multiple of theirs); small ones
 of many tokens, for 16 bits out, :mod:`.dequantize`'s.
@@ -124,13 +124,9 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool)
     if num_tokens <= MAX_TOKENS:  # two programs have room on a multiprocessor: 256 are one wave of an H100's 132
         split_k = split_for(triton.cdiv(num_outputs, 64), num_bytes, num_programs=256)
         return Tile(32 if num_tokens <= 32 else 64, 64, 128, num_warps=4, num_stages=4, split_k=split_k)
-    # A multiprocessor has room for one program of 256 x 128 or for two of 128 x 128. With no more than half of the 132
-    # busy smaller tiles spread the work over the others.
-    wide = triton.cdiv(num_tokens, 128) * triton.cdiv(num_outputs, 256)
-    square = triton.cdiv(num_tokens, 128) * triton.cdiv(num_outputs, 128)
-    if hopper and wide > 66:
-        return Tile(128, 256, 64, num_warps=8, num_stages=4, hopper=True)
-    if square > 66:
+    # Two programs have room on a multiprocessor. With no more than half of an H100's 132 busy smaller tiles spread the
+    # work over the others.
+    if triton.cdiv(num_tokens, 128) * triton.cdiv(num_outputs, 128) > 66:
         return Tile(128, 128, 64, num_warps=4, num_stages=4, hopper=hopper)
     return Tile(64, 64, 128, num_warps=4, num_stages=4)
 
