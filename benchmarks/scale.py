@@ -75,7 +75,7 @@ def main() -> None:
     print(f"{total / 1e6:.0f} M parameters, {flops / 1e9:.2f} GFLOP a token, {step:,} tokens a step")
 
     batch, tokens = data["batch_size"], data["batch_size"] * data["context"]
-    logits = tokens * data["vocab_size"] * (2 + 4 + 4)  # bf16, its float32 copy, that one's gradient
+    logits = tokens * data["vocab_size"] * 2  # bf16; their gradient takes their place
     recompute = config.num_layers * tokens * config.width * 4
     plain, static = QuantConfig(activations="none"), QuantConfig()
     cases = {

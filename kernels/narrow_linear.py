@@ -21,6 +21,14 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """gᵀ x [N, K] of g [R, N] and x [R, K], in a dtype that may be wider than theirs, without a rounding to theirs."""
+    with torch.autocast(x.device.type, enabled=False):  # compiled, a backward pass is under the forward's autocast
+        if x.is_cuda and dtype != x.dtype:
+            return torch.mm(g.t(), x, out_dtype=dtype)
+        return g.t().to(dtype) @ x.to(dtype)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = inputs
     ctx.has_bias = bias is not None
@@ -34,12 +42,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dx = g @ weight.to(x.dtype)
     if ctx.needs_input_grad[1]:
-        x_rows = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):  # compiled, a backward pass is under the forward's autocast
-            if x.is_cuda:
-                d_weight = torch.mm(rows.t(), x_rows, out_dtype=weight.dtype)
-            else:
-                d_weight = rows.t().to(weight.dtype) @ x_rows.to(weight.dtype)
+        d_weight = weight_gradient(rows, x.reshape(-1, x.shape[-1]), weight.dtype)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         d_bias = rows.sum(0, dtype=weight.dtype)
     return dx, d_weight, d_bias

@@ -10,6 +10,7 @@ and, not about quantization but as near to the linears:
 
     token_kurtosis            y → y, κ̄
     swiglu                    [gate, up] → silu(gate) · up
+    linear_cross_entropy      x, W, targets → cross-entropy of the logits x Wᵀ
 
 Each is a ``torch.library.triton_op`` whose backward is one too (kurtosis: an autograd.Function around two): eager
 PyTorch, activation checkpointing, DDP and FSDP2 see ordinary operators, torch.compile sees through them to the kernels,
@@ -37,7 +38,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import training_reference
-from lit_actreg_kernels.checks import check, check_bits, check_float, check_halves, check_norm
+from lit_actreg_kernels.checks import MAX_LOGITS, check, check_bits, check_float, check_halves, check_norm
+from lit_actreg_kernels.narrow_linear import weight_gradient
 from lit_actreg_kernels.ops import has_triton_kernels
 from torch import Tensor
 
@@ -364,3 +366,46 @@ def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> 
     """
     check_float(y, "y", double_on_cpu=True)
     return _TokenKurtosis.apply(y, keep, first, step, eps)
+
+
+# The head and the loss: x, W, targets → Σ cross-entropy
+
+
+@torch.library.triton_op("lit_actreg::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignored: int, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum of losses, and its gradient by the logits if one is wanted."""
+    check_float(x, "x", double_on_cpu=True)
+    check(weight.shape[0] <= MAX_LOGITS, f"{weight.shape[0]} logits a token: the kernel takes {MAX_LOGITS}")
+    logits = x @ weight.to(x.dtype).t()
+    losses = _implementation(x, "cross_entropy").cross_entropy(logits, targets, ignored, gradient)
+    return losses.sum(), logits if gradient else logits.new_empty(0)
+
+
+def _keep_linear_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # of the logits' gradient, by which nobody differentiates
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+def _backward_of_linear_cross_entropy(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    x, weight, d_logits = ctx.saved_tensors
+    dx = d_weight = None
+    if ctx.needs_input_grad[0]:
+        dx = g * (d_logits @ weight.to(x.dtype))
+    if ctx.needs_input_grad[1]:
+        d_weight = g * weight_gradient(d_logits, x, weight.dtype)
+    return dx, d_weight, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_backward_of_linear_cross_entropy, setup_context=_keep_linear_cross_entropy)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    """Mean cross-entropy in nats of the logits x Wᵀ, over the targets that are not ``ignored``: float32 scalar.
+
+    x is [R, K], W [V, K], V ≤ 65,536, in a dtype that may be wider; targets int64 [R]. Logits have the dtype of x, and
+    their gradient takes their place: 2 bytes a 16-bit logit in memory, where the formula under autocast takes 10.
+    """
+    total, _ = _linear_cross_entropy(x.contiguous(), weight, targets.contiguous(), ignored, torch.is_grad_enabled())
+    return total / (targets != ignored).sum()

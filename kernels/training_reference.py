@@ -2,9 +2,9 @@
 
 On a CPU the operators run it; a fit there takes fused operators for kurtosis only (``InputQuantizer.fuses``).
 
-The functions mirror those of :mod:`.fake_quant`, :mod:`.gelu_fake_quant`, :mod:`.swiglu`, :mod:`.norm_fake_quant`
-and :mod:`.kurtosis`, where the formulas stand; here the partial sums have one program. Arithmetic is float32, or
-float64 for float64 inputs.
+The functions mirror those of :mod:`.fake_quant`, :mod:`.gelu_fake_quant`, :mod:`.swiglu`, :mod:`.norm_fake_quant`,
+:mod:`.kurtosis` and :mod:`.cross_entropy`, where the formulas stand; here the partial sums have one program. Arithmetic
+is float32, or float64 for float64 inputs.
 """
 
 import math
@@ -175,3 +175,13 @@ def add_kurtosis_gradient(g: Tensor, y: Tensor, d_kappa: Tensor, first: int, ste
     d = v * v + eps
     factor = 4 * d_kappa / looked_at.numel()  # N features of R tokens
     looked_at += (factor / d * (c * c * c - m3 - m4 * v / d * c)).to(g.dtype)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignored: int, gradient: bool) -> Tensor:
+    """Every row's loss [R]; and if ``gradient``, that loss's gradient in the place of the logits [R, V]."""
+    counts = targets != ignored
+    index = targets.where(counts, 0)[:, None]
+    logarithms = _wide(logits).log_softmax(-1)
+    if gradient:
+        logits.copy_((logarithms.exp() - torch.zeros_like(logarithms).scatter_(1, index, 1.0)) * counts[:, None])
+    return -logarithms.gather(1, index)[:, 0] * counts

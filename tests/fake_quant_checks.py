@@ -8,6 +8,7 @@ last place, ``eps``, where half of one is right. Outputs start as NaN (:func:`po
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -75,10 +76,14 @@ def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on torch.empty_like and Tensor.new_empty give NaN."""
+    """From here on torch.empty_like and Tensor.new_empty give NaN, or of integers a number that is none of ours."""
 
     def fill(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: function(*args, **kwargs).fill_(float("nan"))
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            found = function(*args, **kwargs)
+            return found.fill_(float("nan") if found.is_floating_point() else 77)
+
+        return filled
 
     monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", fill(torch.Tensor.new_empty))

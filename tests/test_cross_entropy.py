@@ -1,0 +1,112 @@
+"""The head's logits, their cross-entropy and all gradients, against PyTorch's in float64."""
+
+import pytest
+import torch
+from fake_quant_checks import poison
+from lit_actreg_kernels import cross_entropy, training_ops, training_reference
+from quantizer_checks import DEVICE, DTYPES
+from torch.nn import functional
+
+from lit_actreg.module import next_token_loss
+
+IGNORED = -100
+
+
+def some_targets(num_rows: int, num_logits: int) -> torch.Tensor:
+    targets = torch.randint(num_logits, (num_rows,))
+    targets[::3] = IGNORED
+    return targets
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "num_logits"), [(7, 130), (2, 4096), (1, 1), (5, 1000)])
+@pytest.mark.parametrize("module", [cross_entropy, training_reference])
+def test_losses_and_gradients_of_rows(monkeypatch, module, dtype, num_rows, num_logits):
+    logits, targets = (torch.randn(num_rows, num_logits) * 3 + 50).to(dtype), some_targets(num_rows, num_logits)
+    wide = logits.double().requires_grad_()
+    expected = functional.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")
+    expected.sum().backward()
+    poison(monkeypatch)
+    kept, changed = logits.to(DEVICE, copy=True), logits.to(DEVICE, copy=True)
+    losses = module.cross_entropy(kept, targets.to(DEVICE), IGNORED, gradient=False)
+    assert torch.equal(kept.cpu(), logits)
+    assert torch.equal(module.cross_entropy(changed, targets.to(DEVICE), IGNORED, gradient=True), losses)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.cpu().double(), expected.detach(), rtol=1e-5, atol=1e-5)  # of logits around 50
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(changed.cpu().double(), wide.grad, rtol=max(eps, 1e-5), atol=1e-7)
+
+
+def head(dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, weight = torch.randn(11, 24, dtype=torch.float64), torch.randn(50, 24, dtype=torch.float64)
+    targets = some_targets(11, 50).to(device)
+    return x.to(device, dtype).requires_grad_(), weight.to(device, dtype).requires_grad_(), targets
+
+
+def test_gradients_in_float64():
+    x, weight, targets = head(torch.float64, "cpu")
+
+    def loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return 3 * training_ops.linear_cross_entropy(x, weight, targets, IGNORED)
+
+    assert torch.autograd.gradcheck(loss, (x, weight), check_undefined_grad=False)
+    expected = 3 * functional.cross_entropy(x @ weight.t(), targets, ignore_index=IGNORED)
+    torch.testing.assert_close(loss(x, weight), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+def test_the_mean_and_its_gradients(compiled, narrow):
+    """16-bit x with a float32 weight, as under autocast; what reaches the weight was never rounded to 16 bits."""
+    x, weight, targets = head(torch.float32, DEVICE)
+    narrow_x = x.detach().to(narrow).requires_grad_()
+    rounded = narrow_x.detach().double(), weight.detach().to(narrow).double()
+    wide_x, wide_weight = (t.requires_grad_() for t in rounded)
+    logits = (wide_x @ wide_weight.t()).to(narrow).double()  # rounded once, as a product gives them
+    expected = functional.cross_entropy(logits, targets, ignore_index=IGNORED)
+    (expected / 8).backward()
+    function = torch.compile(training_ops.linear_cross_entropy) if compiled else training_ops.linear_cross_entropy
+    found = function(narrow_x, weight, targets, IGNORED)
+    (found / 8).backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert weight.grad.dtype == torch.float32
+    eps = max(torch.finfo(narrow).eps, 1e-5)
+    for gradient, wide in ((narrow_x.grad, wide_x.grad), (weight.grad, wide_weight.grad)):
+        torch.testing.assert_close(gradient.double(), wide, rtol=2 * eps, atol=2 * eps * wide.abs().max().item())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_models_loss(autocast):
+    """On a GPU it is the operator; everywhere it is PyTorch's cross-entropy of the head's logits."""
+    layer = torch.nn.Linear(24, 50, bias=False, device=DEVICE)
+    x = torch.randn(2, 11, 24, device=DEVICE, requires_grad=True)
+    targets = some_targets(22, 50).view(2, 11).to(DEVICE)
+    found, expected = [], []
+    for loss_of, results in ((next_token_loss, found), (functional.cross_entropy, expected)):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            if loss_of is next_token_loss:
+                loss = loss_of(layer, x, targets)
+            else:
+                loss = loss_of(layer(x).float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        results += [loss, *torch.autograd.grad(loss, (x, layer.weight))]
+    eps = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=8 * eps, atol=4 * eps * other.abs().max().item())
+
+
+def test_without_a_gradient_none_is_made(monkeypatch):
+    x, weight, targets = head(torch.float32, DEVICE)
+    calls = []
+    operator = training_ops._linear_cross_entropy
+    monkeypatch.setattr(training_ops, "_linear_cross_entropy", lambda *args: calls.append(args) or operator(*args))
+    with torch.no_grad():
+        found = training_ops.linear_cross_entropy(x, weight, targets, IGNORED)
+    assert calls[0][-1] is False
+    torch.testing.assert_close(found, training_ops.linear_cross_entropy(x, weight, targets, IGNORED).detach())
+
+
+def test_errors_say_what_to_do():
+    x, weight, targets = head(torch.float32, DEVICE)
+    with pytest.raises(ValueError, match="65537 logits"):
+        training_ops.linear_cross_entropy(x, weight[:1].expand(65537, -1), targets, IGNORED)
