@@ -28,7 +28,11 @@ from lit_actreg_kernels.int4_gemv import GemvTile
 from lit_actreg_kernels.int4_linear import Tile
 
 TRITON_PREFILL = [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(64, 64, 128, 4, 4)]
-HOPPER_PREFILL = [Tile(128, 256, 64, 8, 4, hopper=True), Tile(128, 128, 64, 4, 4, hopper=True)]
+HOPPER_PREFILL = [
+    Tile(128, 256, 64, 8, 4, hopper=True),
+    Tile(128, 128, 64, 4, 4, hopper=True),
+    Tile(64, 64, 128, 4, 4, hopper=True),
+]
 GEMV = [(4096, 4), (8192, 4), (16384, 4), (16384, 8), (32768, 8)]  # bytes a program, warps
 FEW = [  # M ≤ 16
     Tile(16, 16, 256, 2, 4),

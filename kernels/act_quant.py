@@ -84,6 +84,15 @@ def grid_of_interval(low, high, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, INTEGE
 
 
 @triton.jit
+def ask_for(x_ptr, num, BLOCK: tl.constexpr):
+    """Has L2 fetch BLOCK elements of x for this program. Nothing is read, so it may come before :func:`gdc_wait`."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK // 32) * 32
+    addresses = (x_ptr + tl.minimum(offsets, num - 1)).to(tl.int64)
+    prefetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(prefetch, "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _static_kernel(
     x_ptr,
     q_ptr,
@@ -97,6 +106,7 @@ def _static_kernel(
 ):
     if DEPENDENT:
         gdc_launch_dependents()
+        ask_for(x_ptr, num, BLOCK)
         gdc_wait()
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets, mask=offsets < num, other=0.0)

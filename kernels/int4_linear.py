@@ -13,8 +13,8 @@ four bits buy bandwidth and memory.
 are read once and that is the time it takes; on sm_90 :mod:`.int4_hopper_decode`, else the kernel here. K is split when
 N gives too few tiles: split programs write int32 partial sums, and the last one of a tile to arrive (it takes a ticket)
 adds them, integers, so the result does not depend on the order. Many tokens: 128 × 128 tiles, two programs a
-multiprocessor so that one unpacks or writes while the other multiplies, ordered so that neighbours share weights in L2;
-on sm_90 in :mod:`.int4_hopper`.
+multiprocessor so that one unpacks or writes while the other multiplies, ordered so that neighbours share weights in L2,
+and 64 × 64 where those are few; on sm_90 in :mod:`.int4_hopper`.
 
 **Groups** of columns, of weights or of activations, are :mod:`.int4_grouped`'s (P is a multiple of theirs); small ones
 of many tokens, for 16 bits out, :mod:`.dequantize`'s.
@@ -128,7 +128,7 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool)
     # work over the others.
     if triton.cdiv(num_tokens, 128) * triton.cdiv(num_outputs, 128) > 66:
         return Tile(128, 128, 64, num_warps=4, num_stages=4, hopper=hopper)
-    return Tile(64, 64, 128, num_warps=4, num_stages=4)
+    return Tile(64, 64, 128, num_warps=4, num_stages=4, hopper=hopper)
 
 
 def choose_decode_tile(num_tokens: int, num_outputs: int, num_bytes: int) -> Tile:
@@ -215,7 +215,7 @@ def int4_linear(
     if tile.hopper:
         if hopper is None or not serves:
             raise ValueError("the hopper tile takes sm_90, and int8 codes with K and P multiples of 16")
-        if tile.block_m > MAX_TOKENS:
+        if tile.block_m > MAX_TOKENS or num_tokens > tile.block_m:
             hopper.int4_prefill(x, packed, *epilogue, y, tile)
         else:
             from lit_actreg_kernels.int4_hopper_decode import int4_decode  # like hopper, only where there is Gluon

@@ -32,19 +32,23 @@ types |= dict.fromkeys(["y_ptr", "residual_ptr"], "*{dtype}") | dict.fromkeys("M
 types |= dict.fromkeys(["weight_sums_ptr", "partial_ptr", "ticket_ptr"], "*i32")
 signature = {{n: "constexpr" if n in constants else types.get(n, "*fp32") for n in _kernel.arg_names}}
 source = GluonASTSource(_kernel, signature, constants, {{}})
-ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": num_warps}}).asm["ptx"]
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": num_warps}})
+ptx = compiled.asm["ptx"]
 ptxas = get_ptxas(90).path
 with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
     file.write(ptx)
     file.flush()
     subprocess.run([ptxas, "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"], check=True)
 before, wait, _ = ptx.partition("griddepcontrol.wait")
-print([ptx.count("wgmma.mma_async"), before.count("cp.async.bulk") if wait else 0])
+print([ptx.count("wgmma.mma_async"), before.count("cp.async.bulk") if wait else 0, compiled.metadata.shared])
 """
 
 
-def check_compiles(cache, module, tile, more, counts, residual=False, dtype="bf16"):
-    """Neither waits nor spills; ``counts``: of `wgmma`, and of what is asked for before `griddepcontrol.wait`."""
+def check_compiles(cache, module, tile, more, counts, residual=False, dtype="bf16", programs=1):
+    """Neither waits nor spills, and so many programs fit into a multiprocessor's shared memory.
+
+    ``counts``: of `wgmma`, and of what is asked for before `griddepcontrol.wait`.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache)}
     result = subprocess.run(
@@ -54,7 +58,9 @@ def check_compiles(cache, module, tile, more, counts, residual=False, dtype="bf1
         text=True,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert json.loads(result.stdout.splitlines()[-1]) == counts
+    *found, shared = json.loads(result.stdout.splitlines()[-1])
+    assert found == counts
+    assert programs * (shared + 1024) <= 228 << 10  # 1 KB of each is the system's
     assert "C75" not in result.stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in result.stderr
 

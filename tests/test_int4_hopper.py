@@ -8,13 +8,18 @@ from lit_actreg_kernels.int4_linear import Tile
 
 # The last one has more tiles than programs.
 SHAPES = [(1, 8, 16), (70, 33, 272), (300, 520, 1040), (257, 1000, 4096), (2600, 2100, 528)]
-TILES = [Tile(128, 256, 64, 8, 4, hopper=True), Tile(128, 128, 64, 4, 4, hopper=True)]
+TILES = [
+    Tile(128, 128, 64, 4, 4, hopper=True),
+    Tile(64, 64, 128, 4, 4, hopper=True),
+    Tile(128, 256, 64, 8, 4, hopper=True),
+]
 
 
 @pytest.mark.parametrize(("residual", "dtype"), [(False, "bf16"), (True, "bf16"), (True, "fp32")])
-def test_compiles_without_waits_or_spills(residual, dtype, tmp_path):
-    # 8 steps of 2 nibbles, 2 row tiles a warp group and 2 times 32 columns
-    check_compiles(tmp_path, "int4_hopper", (128, 256, 64, 8, 4), "GROUP_M=8", [64, 0], residual, dtype)
+# 8 steps of 2 nibbles, 2 row tiles a warp group and 2 times 32 columns; or 1 row tile and 4 times 32 columns
+@pytest.mark.parametrize("tile", [(128, 128, 64, 4, 4), (64, 64, 128, 4, 4)])
+def test_compiles_without_waits_or_spills(tile, residual, dtype, tmp_path):
+    check_compiles(tmp_path, "int4_hopper", tile, "GROUP_M=8", [64, 0], residual, dtype, programs=2)
 
 
 @needs_hopper

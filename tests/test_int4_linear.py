@@ -133,7 +133,8 @@ SMALL = Tile(64, 64, 128, 4, 4)
         (16384, 8192, 1024, True, SQUARE),
         (8192, 8192, 4096, False, MIDDLE),
         (257, 4096, 2048, True, SQUARE),  # 96 tiles
-        (256, 4096, 2048, True, SMALL),  # 64 of them
+        (256, 4096, 2048, True, replace(SMALL, hopper=True)),  # 64 of them
+        (256, 4096, 2048, False, SMALL),
         (100, 33, 16, False, SMALL),
         (64, 8192, 4096, True, Tile(64, 64, 128, 4, 8, hopper=True)),
         (64, 4096, 2048, True, Tile(64, 64, 128, 4, 6, split_k=2, hopper=True)),
