@@ -9,7 +9,6 @@ what to compute again), so this is an estimate, to be checked with the first ste
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from lit_actreg.callbacks.throughput import flops_per_token, num_block_parameter
 from lit_actreg.config import SITES, ModelConfig, QuantConfig
 from lit_actreg.contracts import LossTerm
 from lit_actreg.model import Block, Decoder, rotary_angles
-from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
+from lit_actreg.quant.statistics import token_kurtosis
 
 GIB, PROBE_TOKENS = 2**30, 128
 
@@ -50,8 +49,7 @@ def bytes_per_token(config: ModelConfig, quant: QuantConfig, penalized: bool, co
         getattr(block, site).input_quantizer.fused = True  # as on a GPU
     if penalized:
         callback = KurtosisRegularization()
-        tap = partial(tap_token_kurtosis, every_nth_token=callback.every_nth_token)
-        block.loss_terms = (LossTerm(token_kurtosis, callback.sites, tap=tap),)
+        block.loss_terms = (LossTerm(token_kurtosis, callback.sites, every_nth_token=callback.every_nth_token),)
     if compiled:
         block.compile(fullgraph=True, dynamic=False)
     return (saved_bytes(block, 2) - saved_bytes(block, 1)) / PROBE_TOKENS

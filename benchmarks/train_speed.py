@@ -25,7 +25,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -41,7 +40,7 @@ from lit_actreg.parallel import compile_blocks
 from lit_actreg.quant.clips import initial_clips
 from lit_actreg.quant.linear import QuantLinear
 from lit_actreg.quant.observe import observe_inputs
-from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
+from lit_actreg.quant.statistics import token_kurtosis
 
 STEPS = 4
 KURTOSIS_WEIGHT = 1e-4  # the callback's
@@ -76,8 +75,7 @@ class Variant:
         grids = LLAMA_GRIDS if model.config.style == "llama" else {}
         model.set_activations(QuantConfig(activations=self.activations, **grids))
         model.set_fused(self.fused)
-        every = {"every_nth_token": self.every_nth_token}
-        term = LossTerm(partial(token_kurtosis, **every), tap=partial(tap_token_kurtosis, **every))
+        term = LossTerm(token_kurtosis, every_nth_token=self.every_nth_token)
         model.set_loss_terms((term,) if self.every_nth_token else ())
 
 

@@ -9,6 +9,8 @@ writes it. The backward pass reads h and g and writes dh: 6 bytes a bfloat16 ele
 
 Φ as in :mod:`.gelu_quant`; the backward pass takes the polynomial for float32, too, and φ from the same exponential.
 
+Where the kurtosis of h is regularized, the backward pass adds its gradient (:func:`.kurtosis.row_gradient`).
+
 h contiguous [..., H] or, gated, [..., 2H]; clips [1]. Partial sums as in :mod:`.fake_quant`.
 """
 
@@ -18,6 +20,7 @@ import triton.language as tl
 from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.gelu_quant import gelu, normal_distribution, swiglu
 from lit_actreg_kernels.grid import code_range
+from lit_actreg_kernels.kurtosis import row_gradient
 from torch import Tensor
 
 _BLOCK = 1024  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
@@ -61,8 +64,14 @@ def _backward_kernel(
     clips_ptr,
     low_ptr,
     high_ptr,
+    terms_ptr,
+    d_kappa_ptr,
     num_rows,
     H,
+    num_looked_at,
+    T,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
     GATED: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
@@ -96,17 +105,24 @@ def _backward_kernel(
         sum_high += d_high
         if GATED:
             d_gate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            d_up = dy * gate * sigmoid
+            if STEP:
+                d_gate += row_gradient(gate, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+                d_up += row_gradient(up, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
             tl.store(dh_ptr + at, d_gate.to(dtype), mask=inside)
-            tl.store(dh_ptr + at + H, (dy * gate * sigmoid).to(dtype), mask=inside)
+            tl.store(dh_ptr + at + H, d_up.to(dtype), mask=inside)
         else:
-            tl.store(dh_ptr + at, (dy * (cumulative + h * density)).to(dtype), mask=inside)
+            dh = dy * (cumulative + h * density)
+            if STEP:
+                dh += row_gradient(h, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+            tl.store(dh_ptr + at, dh.to(dtype), mask=inside)
     store_clip_sums(clips_ptr, sum_low, sum_high)
 
 
-def _rows(h: Tensor, gated: bool) -> tuple[int, int]:
-    """Rows and columns of the walk; without a gate the rows do not matter, and all is one."""
-    width = h.shape[-1] // 2
-    return (h.numel() // max(1, 2 * width), width) if gated else (1, h.numel())
+def _rows(h: Tensor, gated: bool, looks: bool = False) -> tuple[int, int]:
+    """Rows and columns of the walk; where rows do not matter, all is one."""
+    width = h.shape[-1] // 2 if gated else h.shape[-1]
+    return (h.numel() // max(1, h.shape[-1]), width) if gated or looks else (1, h.numel())
 
 
 def activation_fake_quantize(
@@ -124,11 +140,26 @@ def activation_fake_quantize(
 
 
 def activation_fake_quantize_backward(
-    g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
+    g: Tensor,
+    h: Tensor,
+    low: Tensor,
+    high: Tensor,
+    gated: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    terms: Tensor,
+    d_kappa: Tensor,
+    first: int,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
-    """dh in the dtype of h, and partial sums of dc⁻ and dc⁺, float32 [2, programs]."""
+    """dh in the dtype of h, and partial sums of dc⁻ and dc⁺, float32 [2, programs].
+
+    ``terms`` [R, 4] and d_kappa (one value) are those of :mod:`.kurtosis`, for tokens first, first + step, …; of h
+    [..., T, ...]. Without kurtosis ``step`` is 0.
+    """
     dh = torch.empty_like(h)
-    rows, width = _rows(h, gated)
+    rows, width = _rows(h, gated, step > 0)
     programs = programs_for(h.device, _PROGRAMS_PER_PROCESSOR)
     clips = h.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
@@ -139,8 +170,14 @@ def activation_fake_quantize_backward(
         clips,
         low,
         high,
+        terms,
+        d_kappa,
         rows,
         width,
+        len(terms),
+        h.shape[-2] if step else 1,
+        first,
+        step,
         gated,
         q_min,
         q_max,

@@ -8,7 +8,8 @@ A regularizer looks at one token in ``step``, from ``first`` on in every sequenc
 from it, so the backward pass touches none of them: it goes over the rows looked at alone and adds, in place, dκ̄ times
 the above to what the rest of the network gave y, κ̄ being the mean over the R tokens. Bytes a bfloat16 feature looked
 at: 2 forward, 6 backward; written out as a gradient of y's own and added by autograd, with one token in four, it is
-2 + 8 + 6 · 4.
+2 + 8 + 6 · 4. A backward pass that reads y and writes its gradient anyway adds it for nothing (:func:`row_gradient`;
+:mod:`.gelu_fake_quant`, :mod:`.swiglu`): the forward pass leaves what it takes, μ, 4 / (N d), m₃ and m₄ v / d of a row.
 
 y is in memory until the backward pass only where something else keeps it. Where nothing does, the forward pass copies
 the rows that it has read (``keep``), and the backward pass reads the copy.
@@ -26,13 +27,23 @@ from torch import Tensor
 
 
 @triton.jit
-def _moments(y_ptr, row, N, BLOCK: tl.constexpr):
-    """c of the row [BLOCK], zero in the padding, and v, m₃, m₄."""
-    n = tl.arange(0, BLOCK)
-    y = tl.load(y_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
-    c = tl.where(n < N, y - tl.sum(y, 0) / N, 0.0)
-    squares = c * c
-    return c, tl.sum(squares, 0) / N, tl.sum(squares * c, 0) / N, tl.sum(squares * squares, 0) / N
+def _gradient(y, terms_ptr, index, d_kappa_ptr, num_rows):
+    """dκ̄ · ∂κ̄/∂y of float32 y, a part of the index-th of the rows looked at."""
+    terms_ptr += 4 * index
+    c = y - tl.load(terms_ptr)
+    factor = tl.load(d_kappa_ptr).to(tl.float32) / num_rows * tl.load(terms_ptr + 1)
+    return factor * (c * c * c - tl.load(terms_ptr + 2) - tl.load(terms_ptr + 3) * c)
+
+
+@triton.jit
+def row_gradient(y, row, terms_ptr, d_kappa_ptr, num_rows, T, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """dκ̄ · ∂κ̄/∂y of float32 y, a part of a row of [..., T, N]: zero where the token is not looked at."""
+    t = row % T
+    gradient = tl.zeros_like(y)
+    if (t >= FIRST) & ((t - FIRST) % STEP == 0):
+        index = row // T * tl.cdiv(T - FIRST, STEP) + (t - FIRST) // STEP
+        gradient = _gradient(y, terms_ptr, index, d_kappa_ptr, num_rows)
+    return gradient
 
 
 @triton.jit
@@ -46,6 +57,7 @@ def _row_in_sequences(T, per_sequence, FIRST: tl.constexpr, STEP: tl.constexpr):
 def _forward_kernel(
     y_ptr,
     kappa_ptr,
+    terms_ptr,
     rows_ptr,
     T,
     N,
@@ -56,36 +68,42 @@ def _forward_kernel(
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = _row_in_sequences(T, per_sequence, FIRST, STEP)
-    _, v, _, m4 = _moments(y_ptr, row, N, BLOCK)
-    tl.store(kappa_ptr + tl.program_id(0), m4 / (v * v + EPS))
+    row, n = _row_in_sequences(T, per_sequence, FIRST, STEP), tl.arange(0, BLOCK)
+    y = tl.load(y_ptr + row * N + n, mask=n < N, other=0.0)
     if KEEP:
-        n = tl.arange(0, BLOCK)
-        y = tl.load(y_ptr + row * N + n, mask=n < N, other=0.0)  # still in the cache
         tl.store(rows_ptr + tl.program_id(0).to(tl.int64) * N + n, y, mask=n < N)
+    mean = tl.sum(y.to(tl.float32), 0) / N
+    c = tl.where(n < N, y.to(tl.float32) - mean, 0.0)
+    squares = c * c
+    v, m3, m4 = tl.sum(squares, 0) / N, tl.sum(squares * c, 0) / N, tl.sum(squares * squares, 0) / N
+    d = v * v + EPS
+    tl.store(kappa_ptr + tl.program_id(0), m4 / d)
+    terms_ptr += 4 * tl.program_id(0)
+    tl.store(terms_ptr, mean)
+    tl.store(terms_ptr + 1, 4.0 / (N * d))
+    tl.store(terms_ptr + 2, m3)
+    tl.store(terms_ptr + 3, m4 * v / d)
 
 
 @triton.jit
 def _backward_kernel(
     g_ptr,
     y_ptr,
+    terms_ptr,
     d_kappa_ptr,
     T,
     N,
     per_sequence,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
-    EPS: tl.constexpr,
     KEPT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = _row_in_sequences(T, per_sequence, FIRST, STEP)
-    c, v, m3, m4 = _moments(y_ptr, tl.program_id(0).to(tl.int64) if KEPT else row, N, BLOCK)
-    d = v * v + EPS
-    factor = tl.load(d_kappa_ptr).to(tl.float32) / tl.num_programs(0) * 4.0 / (N * d)
-    n = tl.arange(0, BLOCK)
+    row, n = _row_in_sequences(T, per_sequence, FIRST, STEP), tl.arange(0, BLOCK)
+    y_row = tl.program_id(0).to(tl.int64) if KEPT else row
+    y = tl.load(y_ptr + y_row * N + n, mask=n < N, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
-    g += factor * (c * c * c - m3 - m4 * v / d * c)
+    g += _gradient(y, terms_ptr, tl.program_id(0), d_kappa_ptr, tl.num_programs(0))
     tl.store(g_ptr + row * N + n, g.to(g_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -94,17 +112,18 @@ def num_looked_at(num_tokens: int, first: int, step: int) -> int:
     return (num_tokens - first + step - 1) // step
 
 
-def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    """κ of the tokens looked at, float32 [R], and if ``keep`` their rows [R, N] (else empty)."""
+def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """κ of the tokens looked at, float32 [R]; their gradients' terms [R, 4]; if ``keep`` their rows [R, N], or none."""
     num_tokens, num_columns = y.shape[-2:]
     per_sequence = num_looked_at(num_tokens, first, step)
     num_rows = y[..., 0, 0].numel() * per_sequence
-    kappa = y.new_empty(num_rows, dtype=torch.float32)
+    kappa, terms = (y.new_empty(shape, dtype=torch.float32) for shape in ((num_rows,), (num_rows, 4)))
     rows = y.new_empty((num_rows, num_columns) if keep else 0)
     block = triton.next_power_of_2(num_columns)
     visible(_forward_kernel)[(num_rows,)](
         y,
         kappa,
+        terms,
         rows,
         num_tokens,
         num_columns,
@@ -116,10 +135,12 @@ def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> 
         BLOCK=block,
         num_warps=num_warps_for(block),
     )
-    return kappa, rows
+    return kappa, terms, rows
 
 
-def add_kurtosis_gradient(g: Tensor, y: Tensor, d_kappa: Tensor, first: int, step: int, eps: float, kept: bool) -> None:
+def add_kurtosis_gradient(
+    g: Tensor, y: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int, kept: bool
+) -> None:
     """Adds dκ̄ · ∂κ̄/∂y to g [..., T, N], in place; d_kappa one value; y like g, or the rows kept [R, N]."""
     num_tokens, num_columns = g.shape[-2:]
     per_sequence = num_looked_at(num_tokens, first, step)
@@ -127,13 +148,13 @@ def add_kurtosis_gradient(g: Tensor, y: Tensor, d_kappa: Tensor, first: int, ste
     visible(_backward_kernel)[(g[..., 0, 0].numel() * per_sequence,)](
         g,
         y,
+        terms,
         d_kappa,
         num_tokens,
         num_columns,
         per_sequence,
         first,
         step,
-        eps,
         kept,
         BLOCK=block,
         num_warps=num_warps_for(block),

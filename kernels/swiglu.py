@@ -4,7 +4,8 @@
 
 The gradient moves 10 bytes a bfloat16 element of y, where a compiler's code moves 14: it reads its inputs once for
 either half of dh. Behind y a grid that spans what it finds, min to max, clips nothing: its gradient is
-straight-through, that of y. y is rounded to the dtype of h before it meets the grid, and never goes to memory.
+straight-through, that of y. y is rounded to the dtype of h before it meets the grid, and never goes to memory. Where
+the kurtosis of h is regularized, its gradient is added (:func:`.kurtosis.row_gradient`).
 
 h and dh contiguous [..., 2H]; g and x̂ [..., H], x̂ in G groups of C = H / G columns.
 """
@@ -16,13 +17,26 @@ from lit_actreg_kernels.act_quant import grid_of_interval
 from lit_actreg_kernels.fake_quant import on_grid, visible
 from lit_actreg_kernels.gelu_quant import swiglu
 from lit_actreg_kernels.grid import code_range
+from lit_actreg_kernels.kurtosis import row_gradient
 from torch import Tensor
 
 _BLOCK = 1024
 
 
 @triton.jit
-def _backward_kernel(g_ptr, h_ptr, dh_ptr, H, BLOCK: tl.constexpr):
+def _backward_kernel(
+    g_ptr,
+    h_ptr,
+    dh_ptr,
+    terms_ptr,
+    d_kappa_ptr,
+    H,
+    num_looked_at,
+    T,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     tiles = tl.cdiv(H, BLOCK)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -32,8 +46,12 @@ def _backward_kernel(g_ptr, h_ptr, dh_ptr, H, BLOCK: tl.constexpr):
     gate = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(h_ptr + at + H, mask=inside, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    tl.store(dh_ptr + at, (g * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(dtype), mask=inside)
-    tl.store(dh_ptr + at + H, (g * gate * sigmoid).to(dtype), mask=inside)
+    d_gate, d_up = g * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), g * gate * sigmoid
+    if STEP:
+        d_gate += row_gradient(gate, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+        d_up += row_gradient(up, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+    tl.store(dh_ptr + at, d_gate.to(dtype), mask=inside)
+    tl.store(dh_ptr + at + H, d_up.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -81,10 +99,13 @@ def swiglu_fake_quantize_per_token(h: Tensor, bits: int, num_groups: int) -> Ten
     return x_hat
 
 
-def swiglu_backward(g: Tensor, h: Tensor) -> Tensor:
-    """dh [..., 2H], in the dtype of h, of g [..., H]."""
+def swiglu_backward(g: Tensor, h: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int) -> Tensor:
+    """dh [..., 2H], in the dtype of h, of g [..., H]; the rest as in :mod:`.gelu_fake_quant`."""
     dh, width = torch.empty_like(h), g.shape[-1]
     if g.numel():
         programs = g.numel() // width * triton.cdiv(width, _BLOCK)
-        visible(_backward_kernel)[(programs,)](g, h, dh, width, BLOCK=_BLOCK, num_warps=4)
+        num_tokens = h.shape[-2] if step else 1
+        visible(_backward_kernel)[(programs,)](
+            g, h, dh, terms, d_kappa, width, len(terms), num_tokens, first, step, BLOCK=_BLOCK, num_warps=4
+        )
     return dh

@@ -1,8 +1,9 @@
 """The fused fake-quantizing operators of training, as PyTorch operators with gradients (namespace ``lit_actreg``).
 
     fake_quantize             x → x̂
-    gelu_fake_quantize        h → x̂ of GELU(h)
-    swiglu_fake_quantize      [gate, up] → x̂ of silu(gate) · up;      swiglu_fake_quantize_per_token, on tokens' grids
+    gelu_fake_quantize        h → x̂ of GELU(h), κ̄ of h
+    swiglu_fake_quantize      h = [gate, up] → x̂ of silu(gate) · up, κ̄ of h
+    swiglu_fake_quantize_per_token                  the same on tokens' grids
     norm_fake_quantize        x → x̂ of norm(x), gate
     add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′)
 
@@ -26,6 +27,9 @@ The *gate* of ``norm_fake_quantize`` is how the gradient of the residual connect
 where adding it costs one read; added outside, it costs two reads and a write of the whole stream. It is a zero in the
 shape of x that takes no memory (all strides 0), and stands for x in the graph: give it with x to what comes next,
 whose value is that of x + gate and whose gradient flows to the gate alone.
+
+*Kurtosis* of h comes along with the operators behind the MLP's activation: their backward passes read h anyway, and add
+its gradient for nothing. ``looks`` is (first, step, ε): at which tokens (:mod:`.kurtosis`); with step 0, at none.
 
 Clips c⁻ < c⁺ are [1]; ``masked`` says that an x outside them has no gradient. A mistake in the arguments raises a
 ValueError of one line, already while compiling.
@@ -98,48 +102,100 @@ def _backward_of_fake_quantize(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]
 fake_quantize.register_autograd(_backward_of_fake_quantize, setup_context=_keep_fake_quantize)
 
 
-# The MLP's activation: h → x̂
+# The MLP's activation: h → x̂, κ̄
+
+
+def _mean_kurtosis(h: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
+    """κ̄ of the tokens looked at, and what its gradient wants."""
+    if not step:
+        return h.new_zeros((), dtype=torch.float32), h.new_empty((0, 4), dtype=torch.float32)
+    kappa, terms, _ = _implementation(h, "kurtosis").token_kurtosis(h, first, step, eps, False)
+    return kappa.mean(), terms
 
 
 @torch.library.triton_op("lit_actreg::activation_fake_quantize", mutates_args=())
 def _activation_fake_quantize(
-    h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
-) -> Tensor:
+    h: Tensor,
+    low: Tensor,
+    high: Tensor,
+    gated: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    first: int,
+    step: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check(h, low, high, bits)
     if gated:
         check_halves(h, "h")
-    function = _implementation(h, "gelu_fake_quant").activation_fake_quantize
-    return function(h.contiguous(), low, high, gated, bits, integer_zero_point)
+    function, h = _implementation(h, "gelu_fake_quant").activation_fake_quantize, h.contiguous()
+    return function(h, low, high, gated, bits, integer_zero_point), *_mean_kurtosis(h, first, step, eps)
 
 
 @torch.library.triton_op("lit_actreg::activation_fake_quantize_backward", mutates_args=())
 def _activation_backward(
-    g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
+    g: Tensor,
+    h: Tensor,
+    low: Tensor,
+    high: Tensor,
+    terms: Tensor,
+    d_kappa: Tensor,
+    gated: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    first: int,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
     function = _implementation(h, "gelu_fake_quant").activation_fake_quantize_backward
-    return function(g.contiguous(), h.contiguous(), low, high, gated, bits, integer_zero_point, masked)
+    rest = (gated, bits, integer_zero_point, masked, terms, d_kappa, first, step)
+    return function(g.contiguous(), h.contiguous(), low, high, *rest)
 
 
-def _backward_of_activation(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    dh, clips = _activation_backward(g, *ctx.saved_tensors, *ctx.options)
-    return dh, *_clip_gradients(ctx, clips), None, None, None, None
+def _keep_activation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    h, low, high, *ctx.options, _ = inputs
+    ctx.clip_dtype = low.dtype
+    ctx.save_for_backward(h, low, high, output[2])
 
 
-_activation_fake_quantize.register_autograd(_backward_of_activation, setup_context=_keep_fake_quantize)
+def _backward_of_activation(ctx: Any, g: Tensor, d_kappa: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    dh, clips = _activation_backward(g, *ctx.saved_tensors, d_kappa, *ctx.options)
+    return dh, *_clip_gradients(ctx, clips), *[None] * 7
+
+
+_activation_fake_quantize.register_autograd(_backward_of_activation, setup_context=_keep_activation)
+
+Looks = tuple[int, int, float]
+NOWHERE: Looks = (0, 0, 0.0)
 
 
 def gelu_fake_quantize(
-    h: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
-) -> Tensor:
-    """x̂ of GELU(h) (not its tanh approximation), h [..., H]; GELU's value is rounded to the dtype of h first."""
-    return _activation_fake_quantize(h, low, high, False, bits, integer_zero_point, masked)
+    h: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    looks: Looks = NOWHERE,
+) -> tuple[Tensor, Tensor]:
+    """x̂ of GELU(h) (not its tanh approximation), and κ̄ of h [..., T, H]; GELU is rounded to the dtype of h first."""
+    x_hat, kappa, _ = _activation_fake_quantize(h, low, high, False, bits, integer_zero_point, masked, *looks)
+    return x_hat, kappa
 
 
 def swiglu_fake_quantize(
-    h: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
-) -> Tensor:
-    """x̂ [..., H] of silu(gate) · up for h = [gate, up] [..., 2H]; the product is rounded to the dtype of h first."""
-    return _activation_fake_quantize(h, low, high, True, bits, integer_zero_point, masked)
+    h: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    looks: Looks = NOWHERE,
+) -> tuple[Tensor, Tensor]:
+    """x̂ [..., T, H] of silu(gate) · up, rounded to the dtype of h first, and κ̄ of h = [gate, up] [..., T, 2H]."""
+    x_hat, kappa, _ = _activation_fake_quantize(h, low, high, True, bits, integer_zero_point, masked, *looks)
+    return x_hat, kappa
 
 
 # SwiGLU alone
@@ -155,33 +211,51 @@ def swiglu(h: Tensor) -> Tensor:
 
 
 @torch.library.triton_op("lit_actreg::swiglu_backward", mutates_args=())
-def _swiglu_backward(g: Tensor, h: Tensor) -> Tensor:
-    return _implementation(h, "swiglu").swiglu_backward(g.contiguous(), h.contiguous())
+def _swiglu_backward(g: Tensor, h: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int) -> Tensor:
+    function = _implementation(h, "swiglu").swiglu_backward
+    return function(g.contiguous(), h.contiguous(), terms, d_kappa, first, step)
 
 
 swiglu.register_autograd(
-    lambda ctx, g: _swiglu_backward(g, *ctx.saved_tensors),
+    lambda ctx, g: _swiglu_backward(g, *ctx.saved_tensors, g.new_empty((0, 4)), g.new_empty(0), 0, 0),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
 @torch.library.triton_op("lit_actreg::swiglu_fake_quantize_per_token", mutates_args=())
-def swiglu_fake_quantize_per_token(h: Tensor, bits: int, num_groups: int) -> Tensor:
-    """x̂ [..., H] of silu(gate) · up on a min-max grid of each of ``num_groups`` groups of a token's columns.
-
-    h = [gate, up] [..., 2H]; the product is rounded to the dtype of h first. The gradient is straight-through.
-    """
+def _swiglu_fake_quantize_per_token(
+    h: Tensor, bits: int, num_groups: int, first: int, step: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     check_float(h, "h", double_on_cpu=True)
     check_bits(bits)
     divide = num_groups >= 1 and h.shape[-1] % (2 * num_groups) == 0
     check(divide, f"{num_groups} groups do not divide the halves of h, which has {h.shape[-1]} columns")
-    return _implementation(h, "swiglu").swiglu_fake_quantize_per_token(h.contiguous(), bits, num_groups)
+    function, h = _implementation(h, "swiglu").swiglu_fake_quantize_per_token, h.contiguous()
+    return function(h, bits, num_groups), *_mean_kurtosis(h, first, step, eps)
 
 
-swiglu_fake_quantize_per_token.register_autograd(
-    lambda ctx, g: (_swiglu_backward(g, *ctx.saved_tensors), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
-)
+def _keep_per_token(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    h, _, _, *ctx.tokens, _ = inputs
+    ctx.save_for_backward(h, output[2])
+
+
+def _backward_of_per_token(ctx: Any, g: Tensor, d_kappa: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return _swiglu_backward(g, *ctx.saved_tensors, d_kappa, *ctx.tokens), *[None] * 5
+
+
+_swiglu_fake_quantize_per_token.register_autograd(_backward_of_per_token, setup_context=_keep_per_token)
+
+
+def swiglu_fake_quantize_per_token(
+    h: Tensor, bits: int, num_groups: int, looks: Looks = NOWHERE
+) -> tuple[Tensor, Tensor]:
+    """x̂ [..., T, H] of silu(gate) · up, and κ̄ of h = [gate, up] [..., T, 2H].
+
+    On a min-max grid of each of ``num_groups`` groups of a token's columns, after a rounding to the dtype of h. The
+    gradient is straight-through.
+    """
+    x_hat, kappa, _ = _swiglu_fake_quantize_per_token(h, bits, num_groups, *looks)
+    return x_hat, kappa
 
 
 # The norms: x → x̂, gate; and x, y → x′, x̂
@@ -326,17 +400,17 @@ def add_norm_fake_quantize(x: Tensor, gate: Tensor | None, y: Tensor, *arguments
 
 
 @torch.library.triton_op("lit_actreg::token_kurtosis", mutates_args=())
-def _token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+def _token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _implementation(y, "kurtosis").token_kurtosis(y.contiguous(), first, step, eps, keep)
 
 
 @torch.library.triton_op("lit_actreg::add_kurtosis_gradient", mutates_args=())
 def _add_kurtosis_gradient(
-    g: Tensor, y: Tensor, d_kappa: Tensor, first: int, step: int, eps: float, kept: bool
+    g: Tensor, y: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int, kept: bool
 ) -> Tensor:
     """A copy of g with the gradient added; a compiler sees that nobody else wants g, and leaves the copy out."""
     g = g.clone(memory_format=torch.contiguous_format)
-    _implementation(y, "kurtosis").add_kurtosis_gradient(g, y.contiguous(), d_kappa, first, step, eps, kept)
+    _implementation(y, "kurtosis").add_kurtosis_gradient(g, y.contiguous(), terms, d_kappa, first, step, kept)
     return g
 
 
@@ -344,10 +418,10 @@ class _TokenKurtosis(torch.autograd.Function):
     """An operator must not return its argument; an autograd function may, if as a view."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, keep: bool, *options: Any) -> tuple[Tensor, Tensor]:
-        kappa, rows = _token_kurtosis(y, *options, keep)
-        ctx.save_for_backward(rows if keep else y)
-        ctx.options = (*options, keep)
+    def forward(ctx: Any, y: Tensor, keep: bool, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
+        kappa, terms, rows = _token_kurtosis(y, first, step, eps, keep)
+        ctx.save_for_backward(rows if keep else y, terms)
+        ctx.options = (first, step, keep)
         return y.view_as(y), kappa.mean()
 
     @staticmethod

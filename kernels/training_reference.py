@@ -65,16 +65,29 @@ def activation_fake_quantize(
 
 
 def activation_fake_quantize_backward(
-    g: Tensor, h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool, masked: bool
+    g: Tensor,
+    h: Tensor,
+    low: Tensor,
+    high: Tensor,
+    gated: bool,
+    bits: int,
+    integer_zero_point: bool,
+    masked: bool,
+    terms: Tensor,
+    d_kappa: Tensor,
+    first: int,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
     """dh in the dtype of h; dc⁻, dc⁺ [2, 1]."""
     wide = _wide(h)
     y = _wide(_activation(wide, gated).to(h.dtype))
     dy, clips = _straight_through(y, _wide(g), low, high, bits, integer_zero_point, masked)
     if gated:
-        return swiglu_backward(dy, h), clips
+        return swiglu_backward(dy, h, terms, d_kappa, first, step), clips
     cumulative = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
     dh = dy * (cumulative + wide * torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi))
+    if step:
+        add_kurtosis_gradient(dh, h, terms, d_kappa, first, step, False)
     return dh.to(h.dtype), clips
 
 
@@ -87,13 +100,16 @@ def swiglu_fake_quantize_per_token(h: Tensor, bits: int, num_groups: int) -> Ten
     return ((codes - zero_point) * scale).flatten(-2).to(h.dtype)
 
 
-def swiglu_backward(g: Tensor, h: Tensor) -> Tensor:
+def swiglu_backward(g: Tensor, h: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int) -> Tensor:
     """dh [..., 2H], in the dtype of h, of g [..., H]."""
     gate, up = _wide(h).chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
     d_up = _wide(g) * gate * sigmoid
     d_gate = _wide(g) * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([d_gate, d_up], dim=-1).to(h.dtype)
+    dh = torch.cat([d_gate, d_up], dim=-1)
+    if step:
+        add_kurtosis_gradient(dh, h, terms, d_kappa, first, step, False)
+    return dh.to(h.dtype)
 
 
 def norm_fake_quantize(
@@ -154,27 +170,26 @@ def norm_fake_quantize_backward(
     return dx.to(x.dtype), dy, parameters, clips
 
 
-def _moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c = _wide(y) - _wide(y).mean(-1, keepdim=True)
+def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """κ of the tokens looked at [R]; their gradients' terms [R, 4]; if ``keep`` their rows [R, N], or none."""
+    rows = y[..., first::step, :].flatten(0, -2)
+    mean = _wide(rows).mean(-1, keepdim=True)
+    c = _wide(rows) - mean
     squares = c * c
     v, m3, m4 = (power.mean(-1, keepdim=True) for power in (squares, squares * c, squares * squares))
-    return c, v, m3, m4
+    d = v * v + eps
+    terms = torch.cat([mean, 4 / (rows.shape[-1] * d), m3, m4 * v / d], dim=-1)
+    return (m4 / d).flatten(), terms, rows.clone() if keep else y.new_empty(0)
 
 
-def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    """κ of the tokens looked at [R], and if ``keep`` their rows [R, N] (else empty)."""
-    rows = y[..., first::step, :].flatten(0, -2)
-    _, v, _, m4 = _moments(rows)
-    return (m4 / (v * v + eps)).flatten(), rows.clone() if keep else y.new_empty(0)
-
-
-def add_kurtosis_gradient(g: Tensor, y: Tensor, d_kappa: Tensor, first: int, step: int, eps: float, kept: bool) -> None:
+def add_kurtosis_gradient(
+    g: Tensor, y: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int, kept: bool
+) -> None:
     """Adds dκ̄ · ∂κ̄/∂y to g [..., T, N], in place; d_kappa one value; y like g, or the rows kept [R, N]."""
     looked_at = g[..., first::step, :]
-    c, v, m3, m4 = _moments(y.view(looked_at.shape) if kept else y[..., first::step, :])
-    d = v * v + eps
-    factor = 4 * d_kappa / looked_at.numel()  # N features of R tokens
-    looked_at += (factor / d * (c * c * c - m3 - m4 * v / d * c)).to(g.dtype)
+    mean, factor, m3, linear = terms.view(*looked_at.shape[:-1], 4).split(1, dim=-1)
+    c = _wide(y.view(looked_at.shape) if kept else y[..., first::step, :]) - mean
+    looked_at += (d_kappa / len(terms) * factor * (c * c * c - m3 - linear * c)).to(g.dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignored: int, gradient: bool) -> Tensor:

@@ -35,6 +35,7 @@ from lit_actreg_kernels.grid import code_range, num_groups
 from torch import Tensor
 
 from lit_actreg.config import SITES, Site
+from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
 
 ENTRY_POINT_GROUP = "lit_actreg.plugins"
 
@@ -48,9 +49,8 @@ class LossTerm:
             runs inside the compiled, possibly checkpointed block, so it is a pure function of its argument.
         sites: The linears that it sees, named by their input site.
         coefficient: Weight of the term at an optimizer step; evaluated outside the compiled region.
-        tap: Called instead of ``statistic``, of outputs only, by who adds its gradient to that of y itself: a function
-            of y, and of whether the block keeps y for its backward pass anyway, to (y, statistic). The block goes on
-            with the y returned.
+        every_nth_token: For :func:`lit_actreg.quant.statistics.token_kurtosis` alone: look at one token in so many, by
+            the operators that add the gradient to what the output has anyway.
         of: Whether the statistic is of outputs or of weights. A block computes both while it runs: there its weights
             are whole also where they are sharded (FSDP2).
     """
@@ -58,18 +58,22 @@ class LossTerm:
     statistic: Callable[[Tensor], Tensor]
     sites: tuple[Site, ...] = SITES
     coefficient: Callable[[int], float] = lambda step: 1.0
-    tap: Callable[[Tensor, bool], tuple[Tensor, Tensor]] | None = None
+    every_nth_token: int | None = None
     of: Literal["output", "weight"] = "output"
 
     def __post_init__(self) -> None:
         if isinstance(self.sites, str) or not set(self.sites) <= set(SITES):
             raise ValueError(f"a loss term's sites {self.sites!r} are not some of {SITES}")
+        if self.every_nth_token is not None and self.statistic is not token_kurtosis:
+            raise ValueError("every_nth_token is of the statistic token_kurtosis: leave it out")
 
     def look_at(self, y: Tensor, weight: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
-        """The y to go on with, and the statistic."""
+        """The y to go on with, and the statistic; ``kept``: whether y is kept for the backward pass anyway."""
         if self.of == "weight":
             return y, self.statistic(weight)
-        return (y, self.statistic(y)) if self.tap is None else self.tap(y, kept)
+        if self.every_nth_token is not None:
+            return tap_token_kurtosis(y, kept, self.every_nth_token)
+        return y, self.statistic(y)
 
 
 @runtime_checkable

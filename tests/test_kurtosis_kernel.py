@@ -33,14 +33,14 @@ def test_values_and_gradients(monkeypatch, dtype, shape, every, keep):
     (30 * expected).backward()
 
     poison(monkeypatch)
-    kappa, rows = kurtosis.token_kurtosis(y.to(DEVICE), first, every, EPS, keep)
+    kappa, terms, rows = kurtosis.token_kurtosis(y.to(DEVICE), first, every, EPS, keep)
     looked_at = y[..., first::every, :].flatten(0, -2)
     assert kappa.shape == looked_at.shape[:1]
     torch.testing.assert_close(kappa.mean().cpu().double(), expected.detach(), rtol=1e-5, atol=1e-6)
     assert torch.equal(rows.cpu(), looked_at) if keep else rows.numel() == 0
     found = g.to(DEVICE, copy=True)
     d_kappa = torch.tensor(30.0, device=DEVICE)
-    kurtosis.add_kurtosis_gradient(found, rows if keep else y.to(DEVICE), d_kappa, first, every, EPS, keep)
+    kurtosis.add_kurtosis_gradient(found, rows if keep else y.to(DEVICE), terms, d_kappa, first, every, keep)
     assert_near(found, g.double() + wide.grad, dtype, roundings=32)
     unseen = torch.ones(shape[-2], dtype=torch.bool)
     unseen[first::every] = False
@@ -63,7 +63,8 @@ def test_opcheck():
     y, g = outputs(2, 5, 8).float().to(DEVICE), torch.randn(2, 5, 8, device=DEVICE)
     d_kappa = torch.tensor(0.5, device=DEVICE)
     torch.library.opcheck(training_ops._token_kurtosis, (y, 1, 2, EPS, True))
-    torch.library.opcheck(training_ops._add_kurtosis_gradient, (g, y, d_kappa, 1, 2, EPS, False))
+    terms = torch.randn(4, 4, device=DEVICE)
+    torch.library.opcheck(training_ops._add_kurtosis_gradient, (g, y, terms, d_kappa, 1, 2, False))
 
 
 @pytest.mark.parametrize("kept", [False, True])

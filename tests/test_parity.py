@@ -40,16 +40,16 @@ from lit_actreg.contracts import LossTerm
 from lit_actreg.model import Decoder
 from lit_actreg.module import next_token_loss
 from lit_actreg.parallel import checkpoint_blocks, compile_blocks, shard, whole
-from lit_actreg.quant.statistics import kurtosis, tap_token_kurtosis, token_kurtosis
+from lit_actreg.quant.statistics import kurtosis, token_kurtosis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAMBDA = 1e-2
 ENGINES = ("eager", "accumulated", "checkpointed", "compiled")
 VARIANTS = {"16-bit": ("none", 0.0), "QAT": ("static", 0.0), "QAT + kurtosis": ("static", 1e-3)}
 STRATEGIES = ("ddp", "fsdp2")
-# One whose gradient is added in place, one as a plugin might have it, a plain function of y, and one of weights.
+# One whose gradient is added in place or by what follows, one as a plugin might have it, a plain function of y, and one of weights.
 TERMS = (
-    LossTerm(token_kurtosis, ("mlp_proj", "qkv"), tap=tap_token_kurtosis),
+    LossTerm(token_kurtosis, ("mlp_proj", "qkv", "mlp_in"), every_nth_token=1),
     LossTerm(token_kurtosis, ("mlp_in",)),
     LossTerm(kurtosis, ("attn_proj", "qkv"), of="weight"),
 )

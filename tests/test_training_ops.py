@@ -9,6 +9,8 @@ from lit_actreg_kernels import training_ops
 from quantizer_checks import DEVICE
 from torch.nn import functional
 
+from lit_actreg.quant.statistics import token_kurtosis
+
 OPTIONS = (4, True, True)
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -17,16 +19,16 @@ def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
 
-def samples():
+def samples(looks=training_ops.NOWHERE):
     low, high = (clip.requires_grad_() for clip in clips())
     norm = (leaf(32), leaf(32), low, high, 1e-5, False, *OPTIONS, *TYPES)
     rms = (leaf(32), None, low, high, 1e-5, True, *OPTIONS, *TYPES)
     return {
         "fake_quantize": (training_ops.fake_quantize, (leaf(3, 32), low, high, *OPTIONS)),
-        "gelu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, False, *OPTIONS)),
-        "swiglu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, True, *OPTIONS)),
+        "gelu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, False, *OPTIONS, *looks)),
+        "swiglu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, True, *OPTIONS, *looks)),
         "swiglu alone": (training_ops.swiglu, (leaf(3, 32),)),
-        "swiglu on tokens' grids": (training_ops.swiglu_fake_quantize_per_token, (leaf(3, 32), 4, 2)),
+        "swiglu on tokens' grids": (training_ops._swiglu_fake_quantize_per_token, (leaf(3, 32), 4, 2, *looks)),
         "norm": (training_ops._norm_fake_quantize, (leaf(3, 32), *norm)),
         "add": (training_ops._add_norm_fake_quantize, (leaf(3, 32), None, leaf(3, 32), *rms)),
         "add with gate": (training_ops._add_norm_fake_quantize, (leaf(3, 32), leaf(3, 32), leaf(3, 32), *norm)),
@@ -36,6 +38,12 @@ def samples():
 @pytest.mark.parametrize("name", list(samples()))
 def test_opcheck(name):
     operator, arguments = samples()[name]
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids"])
+def test_opcheck_with_kurtosis(name):
+    operator, arguments = samples((1, 2, 1e-12))[name]
     torch.library.opcheck(operator, arguments)
 
 
@@ -93,8 +101,32 @@ def test_activations_in_float64(gated):
     y = functional.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1] if gated else functional.gelu(h)
     expected = torch.autograd.grad(formula(y, low, high, *OPTIONS).square().sum(), (h, low, high))
     function = training_ops.swiglu_fake_quantize if gated else training_ops.gelu_fake_quantize
-    found = torch.autograd.grad(function(h, low, high, *OPTIONS).square().sum(), (h, low, high))
+    found = torch.autograd.grad(function(h, low, high, *OPTIONS)[0].square().sum(), (h, low, high))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids"])
+@pytest.mark.parametrize(("shape", "first", "step"), [((2, 9, 12), 2, 4), ((3, 8), 0, 1), ((2, 3, 5, 68), 1, 3)])
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted):
+    """Its value, and its gradient on top of the activation's, by the reference and by the kernels."""
+    if interpreted:
+        modules = training_ops.__name__.rpartition(".")[0]
+        monkeypatch.setattr(training_ops, "_implementation", lambda _, n: importlib.import_module(f"{modules}.{n}"))
+    operator, (_, *rest) = samples((first, step, 1e-12))[name]
+    plain = [*rest[:-3], *training_ops.NOWHERE]
+    generator = torch.Generator().manual_seed(0)
+    h = (torch.randn(shape, generator=generator) * 2 + 0.5).to(DEVICE).requires_grad_()
+    g = torch.randn(operator(h, *rest)[0].shape, generator=generator).to(DEVICE)
+    x_hat, kappa, _ = operator(h, *rest)
+    assert torch.equal(x_hat, operator(h, *plain)[0])
+    wide = h.detach().double().cpu().requires_grad_()
+    expected = token_kurtosis(wide[..., first::step, :])
+    expected.backward()
+    torch.testing.assert_close(kappa.cpu().double(), expected.detach(), rtol=1e-5, atol=0)
+    alone = torch.autograd.grad(operator(h, *plain)[0], h, g)[0]
+    found = torch.autograd.grad((x_hat, kappa), h, (g, torch.tensor(30.0, device=DEVICE)))[0]
+    torch.testing.assert_close((found - alone).cpu().double(), 30 * wide.grad, rtol=1e-4, atol=2e-5)
 
 
 def test_mistakes_are_named():

@@ -11,14 +11,12 @@ Its purpose is QAT's side effect: without it, the paper finds, the difficulty of
 activations into the weights.
 """
 
-from functools import partial
-
 from lightning.pytorch import Callback
 
 from lit_actreg.config import SITES, Site
 from lit_actreg.contracts import LossTerm
 from lit_actreg.module import LitLanguageModel
-from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
+from lit_actreg.quant.statistics import token_kurtosis
 
 
 class KurtosisRegularization(Callback):
@@ -55,6 +53,4 @@ class KurtosisRegularization(Callback):
         """See :class:`lit_actreg.contracts.Regularizer`."""
         if self.weight == 0 or not self.sites:
             return {}
-        statistic = partial(token_kurtosis, every_nth_token=self.every_nth_token)
-        tap = partial(tap_token_kurtosis, every_nth_token=self.every_nth_token)
-        return {"kurtosis": LossTerm(statistic, self.sites, self.coefficient, tap)}
+        return {"kurtosis": LossTerm(token_kurtosis, self.sites, self.coefficient, self.every_nth_token)}

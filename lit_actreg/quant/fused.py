@@ -17,6 +17,7 @@ from lit_actreg_kernels.grid import num_groups
 from torch import Tensor, nn
 
 from lit_actreg.quant.linear import QuantLinear
+from lit_actreg.quant.statistics import looks, tap_token_kurtosis
 
 
 def fuses(linear: nn.Module, x: Tensor, mode: str = "static") -> bool:
@@ -68,13 +69,23 @@ def norm_linear(
     return x, None, linear.project(x_hat)
 
 
-def gelu_linear(linear: nn.Module, hidden: Tensor) -> Tensor:
-    """linear(GELU(hidden)): [..., H] → [..., N]."""
+def gelu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
+    """linear(GELU(hidden)): [..., T, H] → [..., T, N]; and the kurtosis of ``hidden``, of one token in so many."""
     if not fuses(linear, hidden):
-        return linear(F.gelu(hidden))
+        hidden, kappa = _tap(hidden, every_nth_token)
+        return linear(F.gelu(hidden)), kappa
     assert isinstance(linear, QuantLinear)
-    q = linear.input_quantizer
-    return linear.project(training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options()))
+    q, looks = linear.input_quantizer, _looks(hidden, every_nth_token)
+    x_hat, kappa = training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), looks)
+    return linear.project(x_hat), kappa
+
+
+def _tap(hidden: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
+    return (hidden, None) if every_nth_token is None else tap_token_kurtosis(hidden, True, every_nth_token)
+
+
+def _looks(hidden: Tensor, every_nth_token: int | None) -> training_ops.Looks:
+    return training_ops.NOWHERE if every_nth_token is None else looks(hidden.shape[-2], every_nth_token)
 
 
 def swiglu(hidden: Tensor) -> Tensor:
@@ -85,14 +96,17 @@ def swiglu(hidden: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def swiglu_linear(linear: nn.Module, hidden: Tensor) -> Tensor:
-    """linear(silu(gate) · up) for hidden = [gate, up]: [..., 2H] → [..., N]."""
+def swiglu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
+    """linear(silu(gate) · up) for hidden = [gate, up] [..., T, 2H]; the rest as :func:`gelu_linear`."""
     static, tokens = fuses(linear, hidden), fuses(linear, hidden, "token")
     if not (static or tokens):
-        return linear(swiglu(hidden))
+        hidden, kappa = _tap(hidden, every_nth_token)
+        return linear(swiglu(hidden)), kappa
     assert isinstance(linear, QuantLinear)
-    q = linear.input_quantizer
+    q, looks = linear.input_quantizer, _looks(hidden, every_nth_token)
     if tokens:
         groups = num_groups(linear.in_features, q.group_size)
-        return linear.project(training_ops.swiglu_fake_quantize_per_token(hidden, q.bits, groups))
-    return linear.project(training_ops.swiglu_fake_quantize(hidden, q.low, q.high, *q.grid_options()))
+        x_hat, kappa = training_ops.swiglu_fake_quantize_per_token(hidden, q.bits, groups, looks)
+    else:
+        x_hat, kappa = training_ops.swiglu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), looks)
+    return linear.project(x_hat), kappa
