@@ -9,7 +9,7 @@ writes it. The backward pass reads h and g and writes dh: 6 bytes a bfloat16 ele
 
 Φ as in :mod:`.gelu_quant`; the backward pass takes the polynomial for float32, too, and φ from the same exponential.
 
-Where the kurtosis of h is regularized, the backward pass adds its gradient (:func:`.kurtosis.row_gradient`).
+Where the kurtosis of h is regularized, the backward pass adds its gradient (:func:`.kurtosis.add_row_gradient`).
 
 h contiguous [..., H] or, gated, [..., 2H]; clips [1]. Partial sums as in :mod:`.fake_quant`.
 """
@@ -20,11 +20,12 @@ import triton.language as tl
 from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.gelu_quant import gelu, normal_distribution, swiglu
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import row_gradient
+from lit_actreg_kernels.kurtosis import add_row_gradient
 from torch import Tensor
 
 _BLOCK = 1024  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
-_PROGRAMS_PER_PROCESSOR = 8
+# As many as run at once, which registers decide (a test holds them to it): without kurtosis and with it
+_PROGRAMS_PER_PROCESSOR, _PROGRAMS_WITH_KURTOSIS = 8, 6
 
 
 @triton.jit
@@ -107,14 +108,14 @@ def _backward_kernel(
             d_gate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
             d_up = dy * gate * sigmoid
             if STEP:
-                d_gate += row_gradient(gate, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
-                d_up += row_gradient(up, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+                d_gate = add_row_gradient(d_gate, gate, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+                d_up = add_row_gradient(d_up, up, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
             tl.store(dh_ptr + at, d_gate.to(dtype), mask=inside)
             tl.store(dh_ptr + at + H, d_up.to(dtype), mask=inside)
         else:
             dh = dy * (cumulative + h * density)
             if STEP:
-                dh += row_gradient(h, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+                dh = add_row_gradient(dh, h, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
             tl.store(dh_ptr + at, dh.to(dtype), mask=inside)
     store_clip_sums(clips_ptr, sum_low, sum_high)
 
@@ -160,7 +161,7 @@ def activation_fake_quantize_backward(
     """
     dh = torch.empty_like(h)
     rows, width = _rows(h, gated, step > 0)
-    programs = programs_for(h.device, _PROGRAMS_PER_PROCESSOR)
+    programs = programs_for(h.device, _PROGRAMS_WITH_KURTOSIS if step else _PROGRAMS_PER_PROCESSOR)
     clips = h.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
     visible(_backward_kernel)[(programs,)](

@@ -8,8 +8,9 @@ A regularizer looks at one token in ``step``, from ``first`` on in every sequenc
 from it, so the backward pass touches none of them: it goes over the rows looked at alone and adds, in place, dκ̄ times
 the above to what the rest of the network gave y, κ̄ being the mean over the R tokens. Bytes a bfloat16 feature looked
 at: 2 forward, 6 backward; written out as a gradient of y's own and added by autograd, with one token in four, it is
-2 + 8 + 6 · 4. A backward pass that reads y and writes its gradient anyway adds it for nothing (:func:`row_gradient`;
-:mod:`.gelu_fake_quant`, :mod:`.swiglu`): the forward pass leaves what it takes, μ, 4 / (N d), m₃ and m₄ v / d of a row.
+2 + 8 + 6 · 4. A backward pass that reads y and writes its gradient anyway adds it for no bytes at all
+(:func:`add_row_gradient`; :mod:`.gelu_fake_quant`, :mod:`.swiglu`). The forward pass leaves what the gradient takes of a
+row: μ, 4 / (N d), m₃ and m₄ v / d.
 
 y is in memory until the backward pass only where something else keeps it. Where nothing does, the forward pass copies
 the rows that it has read (``keep``), and the backward pass reads the copy.
@@ -32,18 +33,18 @@ def _gradient(y, terms_ptr, index, d_kappa_ptr, num_rows):
     terms_ptr += 4 * index
     c = y - tl.load(terms_ptr)
     factor = tl.load(d_kappa_ptr).to(tl.float32) / num_rows * tl.load(terms_ptr + 1)
-    return factor * (c * c * c - tl.load(terms_ptr + 2) - tl.load(terms_ptr + 3) * c)
+    return factor * (c * (c * c - tl.load(terms_ptr + 3)) - tl.load(terms_ptr + 2))
 
 
 @triton.jit
-def row_gradient(y, row, terms_ptr, d_kappa_ptr, num_rows, T, FIRST: tl.constexpr, STEP: tl.constexpr):
-    """dκ̄ · ∂κ̄/∂y of float32 y, a part of a row of [..., T, N]: zero where the token is not looked at."""
+def add_row_gradient(g, y, row, terms_ptr, d_kappa_ptr, num_rows, T, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """g + dκ̄ · ∂κ̄/∂y, float32, for a part of a row of y [..., T, N]; g where the token is not looked at."""
+    row = row.to(tl.int32)  # divisions of 64 bits cost twice the registers
     t = row % T
-    gradient = tl.zeros_like(y)
     if (t >= FIRST) & ((t - FIRST) % STEP == 0):
         index = row // T * tl.cdiv(T - FIRST, STEP) + (t - FIRST) // STEP
-        gradient = _gradient(y, terms_ptr, index, d_kappa_ptr, num_rows)
-    return gradient
+        g += _gradient(y, terms_ptr, index, d_kappa_ptr, num_rows)
+    return g
 
 
 @triton.jit

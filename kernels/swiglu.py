@@ -5,7 +5,7 @@
 The gradient moves 10 bytes a bfloat16 element of y, where a compiler's code moves 14: it reads its inputs once for
 either half of dh. Behind y a grid that spans what it finds, min to max, clips nothing: its gradient is
 straight-through, that of y. y is rounded to the dtype of h before it meets the grid, and never goes to memory. Where
-the kurtosis of h is regularized, its gradient is added (:func:`.kurtosis.row_gradient`).
+the kurtosis of h is regularized, its gradient is added (:func:`.kurtosis.add_row_gradient`).
 
 h and dh contiguous [..., 2H]; g and x̂ [..., H], x̂ in G groups of C = H / G columns.
 """
@@ -17,7 +17,7 @@ from lit_actreg_kernels.act_quant import grid_of_interval
 from lit_actreg_kernels.fake_quant import on_grid, visible
 from lit_actreg_kernels.gelu_quant import swiglu
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import row_gradient
+from lit_actreg_kernels.kurtosis import add_row_gradient
 from torch import Tensor
 
 _BLOCK = 1024
@@ -48,8 +48,8 @@ def _backward_kernel(
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     d_gate, d_up = g * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), g * gate * sigmoid
     if STEP:
-        d_gate += row_gradient(gate, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
-        d_up += row_gradient(up, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+        d_gate = add_row_gradient(d_gate, gate, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+        d_up = add_row_gradient(d_up, up, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
     tl.store(dh_ptr + at, d_gate.to(dtype), mask=inside)
     tl.store(dh_ptr + at + H, d_up.to(dtype), mask=inside)
 
