@@ -9,8 +9,8 @@ from it, so the backward pass touches none of them: it goes over the rows looked
 the above to what the rest of the network gave y, κ̄ being the mean over the R tokens. Bytes a bfloat16 feature looked
 at: 2 forward, 6 backward; written out as a gradient of y's own and added by autograd, with one token in four, it is
 2 + 8 + 6 · 4. A backward pass that reads y and writes its gradient anyway adds it for no bytes at all
-(:func:`add_row_gradient`; :mod:`.gelu_fake_quant`, :mod:`.swiglu`). The forward pass leaves what the gradient takes of a
-row: μ, 4 / (N d), m₃ and m₄ v / d.
+(:func:`add_row_gradient`; :mod:`.gelu_fake_quant`, :mod:`.swiglu`). The forward pass leaves what it takes of a row:
+μ, 4 / (N d), m₃ and m₄ v / d.
 
 y is in memory until the backward pass only where something else keeps it. Where nothing does, the forward pass copies
 the rows that it has read (``keep``), and the backward pass reads the copy.
