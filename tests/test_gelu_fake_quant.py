@@ -64,10 +64,12 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from lit_actreg_kernels.gelu_fake_quant import _BLOCK, _backward_kernel as kernel
-types = dict.fromkeys(["g_ptr", "h_ptr", "dh_ptr"], "*bf16") | dict.fromkeys(["num_rows", "H", "num_looked_at", "T"], "i32")
+types = dict.fromkeys(["g_ptr", "h_ptr", "dh_ptr"], "*bf16")
+types |= dict.fromkeys(["num_rows", "H", "num_looked_at", "T"], "i32")
+grid = dict(Q_MIN=-8, Q_MAX=7, INTEGER=True, MASKED=True, BLOCK=_BLOCK)
 for gated in (False, True):
     for step in (0, 4):
-        constants = dict(FIRST=step // 2, STEP=step, GATED=gated, Q_MIN=-8, Q_MAX=7, INTEGER=True, MASKED=True, BLOCK=_BLOCK)
+        constants = dict(FIRST=step // 2, STEP=step, GATED=gated) | grid
         signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants}
         source = ASTSource(kernel, signature, constants, aligned)
