@@ -47,7 +47,8 @@ LAMBDA = 1e-2
 ENGINES = ("eager", "accumulated", "checkpointed", "compiled")
 VARIANTS = {"16-bit": ("none", 0.0), "QAT": ("static", 0.0), "QAT + kurtosis": ("static", 1e-3)}
 STRATEGIES = ("ddp", "fsdp2")
-# One whose gradient is added in place or by what follows, one as a plugin might have it, a plain function of y, and one of weights.
+# One whose gradient is added in place or by what follows, one as a plugin might have it, a plain function, and one of
+# weights.
 TERMS = (
     LossTerm(token_kurtosis, ("mlp_proj", "qkv", "mlp_in"), every_nth_token=1),
     LossTerm(token_kurtosis, ("mlp_in",)),
