@@ -8,7 +8,6 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_COLUMNS = 131072  # the integer sum of 16-fold products stays below 2^31 up to here
 MAX_NORM_COLUMNS = 65536  # a row of the fused norm is held in registers
-MAX_LOGITS = 65536  # and one of logits
 
 
 def check(condition: bool, message: str) -> None:

@@ -24,7 +24,7 @@ from lit_actreg_kernels.kurtosis import add_row_gradient
 from torch import Tensor
 
 _BLOCK = 1024  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
-# As many as run at once, which registers decide (a test holds them to it): without kurtosis and with it
+# As many as run at once in 16 bits, which registers decide (a test holds them to it): without kurtosis and with it
 _PROGRAMS_PER_PROCESSOR, _PROGRAMS_WITH_KURTOSIS = 8, 6
 
 

@@ -187,7 +187,7 @@ def int4_decode(
         num_tokens,
         num_outputs,
         packed.shape[1],
-        PER_TOKEN=act_scale.numel() > 1,
+        PER_TOKEN=act_scale.dim() > 1,  # of one token, too: its grid is not to be read before the wait
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         SPLIT_K=tile.split_k,

@@ -24,7 +24,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """gᵀ x [N, K] of g [R, N] and x [R, K], in a dtype that may be wider than theirs, without a rounding to theirs."""
     with torch.autocast(x.device.type, enabled=False):  # compiled, a backward pass is under the forward's autocast
-        if x.is_cuda and dtype != x.dtype:
+        if x.is_cuda and dtype == torch.float32 != x.dtype:
             return torch.mm(g.t(), x, out_dtype=dtype)
         return g.t().to(dtype) @ x.to(dtype)
 

@@ -42,7 +42,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import training_reference
-from lit_actreg_kernels.checks import MAX_LOGITS, check, check_bits, check_float, check_halves, check_norm
+from lit_actreg_kernels.checks import check, check_bits, check_float, check_halves, check_norm
 from lit_actreg_kernels.narrow_linear import weight_gradient
 from lit_actreg_kernels.ops import has_triton_kernels
 from torch import Tensor
@@ -451,8 +451,12 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The sum of losses, and its gradient by the logits if one is wanted."""
     check_float(x, "x", double_on_cpu=True)
-    check(weight.shape[0] <= MAX_LOGITS, f"{weight.shape[0]} logits a token: the kernel takes {MAX_LOGITS}")
-    logits = x @ weight.to(x.dtype).t()
+    fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1]
+    check(fits, f"x {list(x.shape)} and the head's weight {list(weight.shape)} make no logits: flatten the tokens")
+    one_each = targets.shape == x.shape[:1] and targets.dtype == torch.int64 and targets.device == x.device
+    check(one_each, f"targets {targets.dtype} {list(targets.shape)} on {targets.device}: pass an int64 for every token")
+    with torch.autocast(x.device.type, enabled=False):
+        logits = x @ weight.to(x.dtype).t()
     losses = _implementation(x, "cross_entropy").cross_entropy(logits, targets, ignored, gradient)
     return losses.sum(), logits if gradient else logits.new_empty(0)
 
@@ -464,11 +468,13 @@ def _keep_linear_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[
 
 def _backward_of_linear_cross_entropy(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, weight, d_logits = ctx.saved_tensors
-    dx = d_weight = None
+    g, dx, d_weight = g.view(1, 1), None, None  # a scalar would be rounded to the other factor's dtype
     if ctx.needs_input_grad[0]:
-        dx = g * (d_logits @ weight.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            dx = d_logits @ weight.to(x.dtype)
+        dx = (dx * g).to(x.dtype)
     if ctx.needs_input_grad[1]:
-        d_weight = g * weight_gradient(d_logits, x, weight.dtype)
+        d_weight = (weight_gradient(d_logits, x, weight.dtype) * g).to(weight.dtype)
     return dx, d_weight, None, None, None
 
 
@@ -478,8 +484,9 @@ _linear_cross_entropy.register_autograd(_backward_of_linear_cross_entropy, setup
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> Tensor:
     """Mean cross-entropy in nats of the logits x Wᵀ, over the targets that are not ``ignored``: float32 scalar.
 
-    x is [R, K], W [V, K], V ≤ 65,536, in a dtype that may be wider; targets int64 [R]. Logits have the dtype of x, and
-    their gradient takes their place: 2 bytes a 16-bit logit in memory, where the formula under autocast takes 10.
+    x is [R, K], W [V, K] in a dtype that may be wider; targets int64 [R]; without a target it is NaN. Logits have the
+    dtype of x, and their gradient takes their place: 2 bytes a 16-bit logit in memory, where the formula has 10.
     """
     total, _ = _linear_cross_entropy(x.contiguous(), weight, targets.contiguous(), ignored, torch.is_grad_enabled())
-    return total / (targets != ignored).sum()
+    num = (targets != ignored).sum()
+    return torch.where(num > 0, total / num.clamp(min=1), float("nan"))

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lit_actreg_kernels.checks import MAX_LOGITS
 from lit_actreg_kernels.training_ops import linear_cross_entropy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -35,9 +34,9 @@ from lit_actreg.parallel import checkpoint_blocks, compile_blocks, shard, whole
 def next_token_loss(head: nn.Linear, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy in nats, mean over the targets that are not padding: scalar, float32 (float64 stays).
 
-    On a GPU by one operator for head and loss, unless the vocabulary is too large for it; the formula stands below.
+    On a GPU by one operator for head and loss; the formula stands below it.
     """
-    if hidden_BTD.is_cuda and hidden_BTD.dtype != torch.float64 and head.out_features <= MAX_LOGITS:
+    if hidden_BTD.is_cuda and hidden_BTD.dtype != torch.float64:
         if torch.is_autocast_enabled("cuda"):
             hidden_BTD = hidden_BTD.to(torch.get_autocast_dtype("cuda"))
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, targets_BT.flatten(), IGNORE)

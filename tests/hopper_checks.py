@@ -24,7 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from lit_actreg_kernels.{module} import _kernel, operand_layout
 block_m, block_n, block_k, num_warps, num_stages = {tile}
 layout = operand_layout(block_k)
-constants = dict(PER_TOKEN=False, HAS_BIAS=True, HAS_RESIDUAL={residual}, {more})
+constants = dict(PER_TOKEN={per_token}, HAS_BIAS=True, HAS_RESIDUAL={residual}, {more})
 constants |= dict(STAGES=num_stages, num_warps=num_warps)
 codes, packed = f"i8[{{block_m}}, {{block_k}}]", f"u8[{{block_n}}, {{block_k}}]"
 types = dict(codes_desc=f"tensordesc<{{codes}},{{layout!r}}>", packed_desc=f"tensordesc<{{packed}},{{layout!r}}>")
@@ -44,19 +44,15 @@ print([ptx.count("wgmma.mma_async"), before.count("cp.async.bulk") if wait else 
 """
 
 
-def check_compiles(cache, module, tile, more, counts, residual=False, dtype="bf16", programs=1):
+def check_compiles(cache, module, tile, more, counts, residual=False, dtype="bf16", per_token=False, programs=1):
     """Neither waits nor spills, and so many programs fit into a multiprocessor's shared memory.
 
     ``counts``: of `wgmma`, and of what is asked for before `griddepcontrol.wait`.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache)}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE.format(module=module, tile=tile, more=more, residual=residual, dtype=dtype)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    code = COMPILE.format(module=module, tile=tile, more=more, residual=residual, dtype=dtype, per_token=per_token)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     *found, shared = json.loads(result.stdout.splitlines()[-1])
     assert found == counts

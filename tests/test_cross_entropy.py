@@ -19,7 +19,7 @@ def some_targets(num_rows: int, num_logits: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_rows", "num_logits"), [(7, 130), (2, 4096), (1, 1), (5, 1000)])
+@pytest.mark.parametrize(("num_rows", "num_logits"), [(7, 130), (2, 4096), (1, 1), (5, 1000), (3, 33000)])
 @pytest.mark.parametrize("module", [cross_entropy, training_reference])
 def test_losses_and_gradients_of_rows(monkeypatch, module, dtype, num_rows, num_logits):
     logits, targets = (torch.randn(num_rows, num_logits) * 3 + 50).to(dtype), some_targets(num_rows, num_logits)
@@ -106,7 +106,27 @@ def test_without_a_gradient_none_is_made(monkeypatch):
     torch.testing.assert_close(found, training_ops.linear_cross_entropy(x, weight, targets, IGNORED).detach())
 
 
+def test_targets_that_are_all_ignored_leave_no_gradient():
+    x, weight, targets = head(torch.float32, DEVICE)
+    loss = training_ops.linear_cross_entropy(x, weight, torch.full_like(targets, IGNORED), IGNORED)
+    loss.backward()
+    assert loss.isnan()
+    assert not x.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("wrong", [-1, 130])
+def test_a_target_that_is_no_index_gives_nan(wrong):
+    logits, targets = torch.randn(3, 130, device=DEVICE), torch.tensor([5, wrong, IGNORED], device=DEVICE)
+    losses = cross_entropy.cross_entropy(logits, targets, IGNORED, gradient=False)
+    assert losses.isnan().tolist() == [False, True, False]
+
+
 def test_errors_say_what_to_do():
     x, weight, targets = head(torch.float32, DEVICE)
-    with pytest.raises(ValueError, match="65537 logits"):
-        training_ops.linear_cross_entropy(x, weight[:1].expand(65537, -1), targets, IGNORED)
+    with pytest.raises(ValueError, match="flatten the tokens"):
+        training_ops.linear_cross_entropy(x[None], weight, targets, IGNORED)
+    with pytest.raises(ValueError, match="pass an int64 for every token"):
+        training_ops.linear_cross_entropy(x, weight, targets[1:], IGNORED)
+    with pytest.raises(ValueError, match="pass an int64 for every token"):
+        training_ops.linear_cross_entropy(x, weight, targets.int(), IGNORED)

@@ -109,3 +109,30 @@ def test_a_chain_is_a_chain(kind, num_tokens):
         found.zero_()
         graph.replay()
         assert torch.equal(found, expected)
+
+
+@needs_hopper
+def test_one_long_token_waits_for_its_own_grid():
+    """Longer than the kernel of one token takes; tokens of many sizes, so that another's grid would show."""
+    num_columns, num_outputs, torch_device = 40960, 64, torch.device("cuda")
+    codes = torch.randint(-8, 8, (num_outputs, num_columns), dtype=torch.int8)
+    packed, sums = grid.pack_int4(codes).to(torch_device), reference.weight_sums(codes, 1).to(torch_device)
+    scale = torch.rand(num_outputs, 1, device=torch_device)
+    tokens = torch.randn(50, 1, num_columns, device=torch_device) * torch.logspace(-3, 3, 50)[:, None, None].cuda()
+
+    def run(after_each):
+        found = []
+        for token in tokens:
+            quantized = ops.quantize_activation_per_token(token, 4)
+            after_each()
+            found.append(int4_linear(quantized[0], packed, *quantized[1:], scale, sums, None, None, torch.float32))
+        return torch.cat(found)
+
+    expected = run(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(lambda: None)
+    for _ in range(20):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)

@@ -15,11 +15,14 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize(("residual", "dtype"), [(False, "bf16"), (True, "bf16"), (True, "fp32")])
+@pytest.mark.parametrize(
+    ("residual", "dtype", "per_token"),
+    [(False, "bf16", False), (True, "bf16", False), (True, "fp32", False), (False, "fp32", True)],
+)
 # 8 steps of 2 nibbles, 2 row tiles a warp group and 2 times 32 columns; or 1 row tile and 4 times 32 columns
 @pytest.mark.parametrize("tile", [(128, 128, 64, 4, 4), (64, 64, 128, 4, 4)])
-def test_compiles_without_waits_or_spills(tile, residual, dtype, tmp_path):
-    check_compiles(tmp_path, "int4_hopper", tile, "GROUP_M=8", [64, 0], residual, dtype, programs=2)
+def test_compiles_without_waits_or_spills(tile, residual, dtype, per_token, tmp_path):
+    check_compiles(tmp_path, "int4_hopper", tile, "GROUP_M=8", [64, 0], residual, dtype, per_token, programs=2)
 
 
 @needs_hopper
