@@ -73,15 +73,16 @@ def _kernel(
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignored: int, gradient: bool) -> Tensor:
     """Every row's loss, float32 [R]; and if ``gradient``, that loss's gradient in the place of the logits."""
-    loss = logits.new_empty(len(logits), dtype=torch.float32)
+    num_rows, num_logits = logits.shape
+    loss = logits.new_empty(num_rows, dtype=torch.float32)
     if loss.numel():
-        width = triton.next_power_of_2(logits.shape[1])
+        width = triton.next_power_of_2(num_logits)
         block = width if width <= _MAX_BLOCK else _CHUNK
-        visible(_kernel)[(len(logits),)](
+        visible(_kernel)[(num_rows,)](
             logits,
             targets,
             loss,
-            logits.shape[1],
+            num_logits,
             ignored,
             gradient,
             ONE_BLOCK=block == width,

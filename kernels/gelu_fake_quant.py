@@ -175,7 +175,7 @@ def activation_fake_quantize_backward(
         d_kappa,
         rows,
         width,
-        len(terms),
+        terms.shape[0],
         h.shape[-2] if step else 1,
         first,
         step,

@@ -106,6 +106,6 @@ def swiglu_backward(g: Tensor, h: Tensor, terms: Tensor, d_kappa: Tensor, first:
         programs = g.numel() // width * triton.cdiv(width, _BLOCK)
         num_tokens = h.shape[-2] if step else 1
         visible(_backward_kernel)[(programs,)](
-            g, h, dh, terms, d_kappa, width, len(terms), num_tokens, first, step, BLOCK=_BLOCK, num_warps=4
+            g, h, dh, terms, d_kappa, width, terms.shape[0], num_tokens, first, step, BLOCK=_BLOCK, num_warps=4
         )
     return dh

@@ -108,7 +108,7 @@ fake_quantize.register_autograd(_backward_of_fake_quantize, setup_context=_keep_
 def _mean_kurtosis(h: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
     """κ̄ of the tokens looked at, and what its gradient wants."""
     if not step:
-        return h.new_zeros((), dtype=torch.float32), h.new_empty((0, 4), dtype=torch.float32)
+        return h.new_empty(0, dtype=torch.float32), h.new_empty((0, 4), dtype=torch.float32)
     kappa, terms, _ = _implementation(h, "kurtosis").token_kurtosis(h, first, step, eps, False)
     return kappa.mean(), terms
 
@@ -466,16 +466,27 @@ def _keep_linear_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[
     ctx.save_for_backward(*inputs[:2], output[1])
 
 
+@torch.library.triton_op("lit_actreg::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(
+    g: Tensor, d_logits: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """dx and dW, those that are wanted; the other is empty."""
+    g = g.view(1, 1)  # a scalar would be rounded to the other factor's dtype
+    dx = d_weight = x.new_empty(0)
+    if of_x:
+        with torch.autocast(x.device.type, enabled=False):
+            dx = ((d_logits @ weight.to(x.dtype)) * g).to(x.dtype)
+    if of_weight:  # in float32 until g has met it: the sum over all tokens may be too large for float16
+        wide = weight_gradient(d_logits, x, torch.promote_types(weight.dtype, torch.float32))
+        d_weight = (wide * g).to(weight.dtype)
+    return dx, d_weight
+
+
 def _backward_of_linear_cross_entropy(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, weight, d_logits = ctx.saved_tensors
-    g, dx, d_weight = g.view(1, 1), None, None  # a scalar would be rounded to the other factor's dtype
-    if ctx.needs_input_grad[0]:
-        with torch.autocast(x.device.type, enabled=False):
-            dx = d_logits @ weight.to(x.dtype)
-        dx = (dx * g).to(x.dtype)
-    if ctx.needs_input_grad[1]:
-        d_weight = (weight_gradient(d_logits, x, weight.dtype) * g).to(weight.dtype)
-    return dx, d_weight, None, None, None
+    of_x, of_weight = ctx.needs_input_grad[:2]
+    dx, d_weight = _linear_cross_entropy_backward(g, d_logits, x, weight, of_x, of_weight)
+    return dx if of_x else None, d_weight if of_weight else None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_backward_of_linear_cross_entropy, setup_context=_keep_linear_cross_entropy)

@@ -189,7 +189,7 @@ def add_kurtosis_gradient(
     looked_at = g[..., first::step, :]
     mean, factor, m3, linear = terms.view(*looked_at.shape[:-1], 4).split(1, dim=-1)
     c = _wide(y.view(looked_at.shape) if kept else y[..., first::step, :]) - mean
-    looked_at += (d_kappa / len(terms) * factor * (c * c * c - m3 - linear * c)).to(g.dtype)
+    looked_at += (d_kappa / terms.shape[0] * factor * (c * c * c - m3 - linear * c)).to(g.dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignored: int, gradient: bool) -> Tensor:
@@ -197,6 +197,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignored: int, gradient: bool)
     counts = targets != ignored
     index = targets.where(counts, 0)[:, None]
     logarithms = _wide(logits).log_softmax(-1)
+    losses = torch.where(counts, -logarithms.gather(1, index)[:, 0], 0.0)
     if gradient:
-        logits.copy_((logarithms.exp() - torch.zeros_like(logarithms).scatter_(1, index, 1.0)) * counts[:, None])
-    return -logarithms.gather(1, index)[:, 0] * counts
+        softmax = logarithms.exp_()
+        softmax.scatter_add_(1, index, -torch.ones_like(softmax[:, :1]))
+        logits.copy_(softmax.mul_(counts[:, None]))
+    return losses

@@ -49,8 +49,9 @@ class LossTerm:
             runs inside the compiled, possibly checkpointed block, so it is a pure function of its argument.
         sites: The linears that it sees, named by their input site.
         coefficient: Weight of the term at an optimizer step; evaluated outside the compiled region.
-        every_nth_token: For :func:`lit_actreg.quant.statistics.token_kurtosis` alone: look at one token in so many, by
-            the operators that add the gradient to what the output has anyway.
+        every_nth_token: Only with the statistic :func:`lit_actreg.quant.statistics.token_kurtosis`, of outputs: look at
+            one token in so many (1: at all), with a gradient that costs less than autograd's. None: the statistic is
+            called as it stands.
         of: Whether the statistic is of outputs or of weights. A block computes both while it runs: there its weights
             are whole also where they are sharded (FSDP2).
     """
@@ -64,8 +65,17 @@ class LossTerm:
     def __post_init__(self) -> None:
         if isinstance(self.sites, str) or not set(self.sites) <= set(SITES):
             raise ValueError(f"a loss term's sites {self.sites!r} are not some of {SITES}")
-        if self.every_nth_token is not None and self.statistic is not token_kurtosis:
-            raise ValueError("every_nth_token is of the statistic token_kurtosis: leave it out")
+        if self.every_nth_token is None:
+            return
+        if self.statistic is not token_kurtosis or self.of != "output":
+            raise ValueError(
+                "a loss term's every_nth_token is for the statistic token_kurtosis itself, of outputs: leave it out, "
+                "and bind another statistic's options by functools.partial"
+            )
+        if not isinstance(self.every_nth_token, int) or self.every_nth_token < 1:
+            raise ValueError(
+                f"a loss term's every_nth_token {self.every_nth_token} is no number of tokens: use 1 or more"
+            )
 
     def look_at(self, y: Tensor, weight: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
         """The y to go on with, and the statistic; ``kept``: whether y is kept for the backward pass anyway."""

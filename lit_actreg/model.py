@@ -104,28 +104,28 @@ class Block(nn.Module):
             return x_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
         return x_BTD, torch.stack([statistics[i, site] for i, t in enumerate(self.loss_terms) for site in t.sites])
 
-    def project_activation(self, hidden: Tensor, statistics: dict[tuple[int, Site], Tensor]) -> Tensor:
-        """mlp_proj of the activation of ``hidden``, whose kurtosis, if it is regularized, comes along (fused.py)."""
-        along = self.taken_along("mlp_in")
-        every = None if along is None else self.loss_terms[along].every_nth_token
-        activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
-        y, kappa = activation_linear(self.mlp_proj, hidden, every)
-        if along is not None:
-            assert kappa is not None
-            statistics[along, "mlp_in"] = kappa
-        return y
+    @property
+    def kurtosis_term(self) -> int | None:
+        """The loss term whose statistic of the MLP's hidden values the activation's operator computes, if one does."""
+        terms = enumerate(self.loss_terms)
+        return next((i for i, t in terms if t.every_nth_token is not None and "mlp_in" in t.sites), None)
 
-    def taken_along(self, site: Site) -> int | None:
-        """The loss term that what follows this site takes along: the first of kurtosis, behind the MLP's input."""
-        terms = enumerate(self.loss_terms) if site == "mlp_in" else ()
-        return next((i for i, t in terms if t.every_nth_token is not None and site in t.sites), None)
+    def project_activation(self, hidden: Tensor, statistics: dict[tuple[int, Site], Tensor]) -> Tensor:
+        """mlp_proj of the activation of ``hidden``, and the statistic of the ``kurtosis_term``."""
+        i = self.kurtosis_term
+        activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
+        y, kappa = activation_linear(self.mlp_proj, hidden, None if i is None else self.loss_terms[i].every_nth_token)
+        if i is not None:
+            assert kappa is not None
+            statistics[i, "mlp_in"] = kappa
+        return y
 
     def look_at(self, site: Site, y: Tensor, statistics: dict[tuple[int, Site], Tensor]) -> Tensor:
         """Notes the loss terms' statistics of a linear and its output; returns the y to go on with."""
         # By attention, by the activation, and by the fused addition and norm; a plain addition keeps nothing.
         kept = site in ("qkv", "mlp_in") or (site == "attn_proj" and fuses(self.mlp_in, y))
         for i, term in enumerate(self.loss_terms):
-            if site in term.sites and i != self.taken_along(site):
+            if site in term.sites and (site, i) != ("mlp_in", self.kurtosis_term):
                 y, statistics[i, site] = term.look_at(y, getattr(self, site).weight, kept)
         return y
 

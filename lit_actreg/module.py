@@ -34,9 +34,11 @@ from lit_actreg.parallel import checkpoint_blocks, compile_blocks, shard, whole
 def next_token_loss(head: nn.Linear, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy in nats, mean over the targets that are not padding: scalar, float32 (float64 stays).
 
-    On a GPU by one operator for head and loss; the formula stands below it.
+    On a GPU by one operator for head and loss, if the head is a linear that nobody hooks; the formula stands below it.
     """
-    if hidden_BTD.is_cuda and hidden_BTD.dtype != torch.float64:
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    plain = type(head) is nn.Linear and head.bias is None and not hooked
+    if plain and hidden_BTD.is_cuda and hidden_BTD.dtype != torch.float64:
         if torch.is_autocast_enabled("cuda"):
             hidden_BTD = hidden_BTD.to(torch.get_autocast_dtype("cuda"))
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, targets_BT.flatten(), IGNORE)

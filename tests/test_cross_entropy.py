@@ -122,6 +122,47 @@ def test_a_target_that_is_no_index_gives_nan(wrong):
     assert losses.isnan().tolist() == [False, True, False]
 
 
+def test_sums_over_tokens_are_wide_also_for_float16_weights():
+    """One channel of 60 everywhere: 16384 tokens of one target add up to more than float16 holds."""
+    x = torch.zeros(16384, 8, dtype=torch.float16, device=DEVICE)
+    x[:, 0] = 60.0
+    weight = torch.zeros(50, 8, dtype=torch.float16, device=DEVICE).requires_grad_()
+    targets = torch.zeros(16384, dtype=torch.int64, device=DEVICE)
+    training_ops.linear_cross_entropy(x, weight, targets, IGNORED).backward()
+    expected = torch.full((50,), 60 / 50)
+    expected[0] -= 60
+    torch.testing.assert_close(weight.grad[:, 0].cpu().float(), expected, rtol=2e-3, atol=0)
+
+
+def test_there_is_no_second_derivative():
+    x, weight, targets = head(torch.float32, DEVICE)
+    loss = training_ops.linear_cross_entropy(x, weight, targets, IGNORED)
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("change", ["hook", "subclass", "bias"])
+def test_a_head_of_its_own_kind_is_called(monkeypatch, change):
+    """Then the operator, which multiplies by the weight alone, must not run (nowhere else is it looked for here)."""
+    called = []
+
+    class Wrapped(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            called.append(True)
+            return super().forward(x)
+
+    layer = (Wrapped if change == "subclass" else torch.nn.Linear)(24, 50, bias=change == "bias", device=DEVICE)
+    if change == "hook":
+        layer.register_forward_hook(lambda *_: called.append(True))
+    x, targets = torch.randn(1, 11, 24, device=DEVICE), some_targets(11, 50).view(1, 11).to(DEVICE)
+    monkeypatch.setattr("lit_actreg.module.linear_cross_entropy", lambda *_: pytest.fail("the operator ran"))
+    expected = functional.cross_entropy(layer(x)[0], targets[0], ignore_index=IGNORED)
+    called.clear()
+    torch.testing.assert_close(next_token_loss(layer, x, targets), expected)
+    assert called or change == "bias"
+
+
 def test_errors_say_what_to_do():
     x, weight, targets = head(torch.float32, DEVICE)
     with pytest.raises(ValueError, match="flatten the tokens"):

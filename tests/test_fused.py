@@ -89,7 +89,7 @@ def test_under_autocast_values_are_rounded_where_the_plain_path_rounds_them(styl
 @pytest.mark.parametrize("engine", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_bfloat16_stream_trains_as_the_float32_one_but_for_rounding(engine, fused):
-    """Kurtosis's tap, the gate and the residual's gradient included; grids of 8 bits at most amplify a last bit.
+    """Kurtosis, the gate and the residual's gradient included; grids of 8 bits at most amplify a last bit.
 
     The embedding and two additions a block each round values and gradients to 8 bits: 2 %, 4 % with the grids. A
     gradient that got lost is tens of per cent.

@@ -115,6 +115,20 @@ def test_a_fit_has_the_terms_of_its_own_callbacks(corpus):
             assert logged[site][0] == pytest.approx((seen.found[0, site] + seen.found[1, site]) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_nth_token": 0}, "every_nth_token 0 is no number of tokens: use 1 or more"),
+        ({"every_nth_token": 2.5}, "every_nth_token 2.5 is no number"),
+        ({"every_nth_token": 2, "of": "weight"}, "itself, of outputs: leave it out"),
+        ({"every_nth_token": 2, "statistic": functools.partial(token_kurtosis, every_nth_token=2)}, "leave it out"),
+    ],
+)
+def test_every_nth_token_is_refused_where_it_means_nothing(options, message):
+    with pytest.raises(ValueError, match=message):
+        LossTerm(**{"statistic": token_kurtosis} | options)
+
+
 def test_what_is_no_loss_term_is_refused(corpus):
     for sites in ("qkv", ("mlp",)):
         with pytest.raises(ValueError, match=r"a loss term's sites .* are not some of"):

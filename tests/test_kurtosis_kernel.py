@@ -69,7 +69,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_right_output_gets_the_right_gradient_compiled_or_not(kept):
-    """Two taps after each other, a y that is used twice, and a gradient that another tensor shares."""
+    """Three after each other, a y that is used twice, and a gradient that another tensor shares."""
 
     def loss(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         y, first = tap_token_kurtosis(y * weight, kept, 2)

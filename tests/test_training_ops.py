@@ -57,7 +57,7 @@ def test_inputs_need_not_be_contiguous(monkeypatch, name):
 
     def values_and_gradients(strided):
         found = operator(*(strided(a) if isinstance(a, torch.Tensor) and a.ndim > 1 else a for a in arguments))
-        outputs = [y for y in (found if isinstance(found, tuple) else (found,)) if y.requires_grad]
+        outputs = [y for y in (found if isinstance(found, tuple) else (found,)) if y.requires_grad and y.numel()]
         torch.manual_seed(0)
         gradients = [strided(torch.randn(y.shape, device=DEVICE)) for y in outputs]
         return outputs, torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
@@ -127,6 +127,30 @@ def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted
     alone = torch.autograd.grad(operator(h, *plain)[0], h, g)[0]
     found = torch.autograd.grad((x_hat, kappa), h, (g, torch.tensor(30.0, device=DEVICE)))[0]
     torch.testing.assert_close((found - alone).cpu().double(), 30 * wide.grad, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids", "linear_cross_entropy"])
+def test_batches_of_any_size_share_two_compilations(name):
+    """One for the first size, one for all: a block that is compiled whole would give up after eight."""
+    low, high = clips()
+    weight = torch.randn(50, 24, device=DEVICE)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        if name == "linear_cross_entropy":
+            targets = torch.zeros_like(x[..., 0], dtype=torch.int64).flatten()
+            return training_ops.linear_cross_entropy(x.flatten(0, 1), weight, targets, -100)
+        if name == "swiglu on tokens' grids":
+            x_hat, kappa = training_ops.swiglu_fake_quantize_per_token(x, 4, 2, (1, 2, 1e-12))
+        else:
+            function = training_ops.swiglu_fake_quantize if name == "swiglu" else training_ops.gelu_fake_quantize
+            x_hat, kappa = function(x, low, high, *OPTIONS, (1, 2, 1e-12))
+        return x_hat.sum() + kappa
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for num_sequences in range(2, 12):
+        compiled(torch.randn(num_sequences, 6, 24, device=DEVICE, requires_grad=True)).backward()
+    assert counter.frame_count <= 2
 
 
 def test_mistakes_are_named():

@@ -72,20 +72,16 @@ def norm_linear(
 def gelu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
     """linear(GELU(hidden)): [..., T, H] → [..., T, N]; and the kurtosis of ``hidden``, of one token in so many."""
     if not fuses(linear, hidden):
-        hidden, kappa = _tap(hidden, every_nth_token)
+        hidden, kappa = _look_at(hidden, every_nth_token)
         return linear(F.gelu(hidden)), kappa
     assert isinstance(linear, QuantLinear)
-    q, looks = linear.input_quantizer, _looks(hidden, every_nth_token)
-    x_hat, kappa = training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), looks)
+    q, where = linear.input_quantizer, looks(hidden.shape[-2], every_nth_token)
+    x_hat, kappa = training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), where)
     return linear.project(x_hat), kappa
 
 
-def _tap(hidden: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
+def _look_at(hidden: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
     return (hidden, None) if every_nth_token is None else tap_token_kurtosis(hidden, True, every_nth_token)
-
-
-def _looks(hidden: Tensor, every_nth_token: int | None) -> training_ops.Looks:
-    return training_ops.NOWHERE if every_nth_token is None else looks(hidden.shape[-2], every_nth_token)
 
 
 def swiglu(hidden: Tensor) -> Tensor:
@@ -100,13 +96,13 @@ def swiglu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None
     """linear(silu(gate) · up) for hidden = [gate, up] [..., T, 2H]; the rest as :func:`gelu_linear`."""
     static, tokens = fuses(linear, hidden), fuses(linear, hidden, "token")
     if not (static or tokens):
-        hidden, kappa = _tap(hidden, every_nth_token)
+        hidden, kappa = _look_at(hidden, every_nth_token)
         return linear(swiglu(hidden)), kappa
     assert isinstance(linear, QuantLinear)
-    q, looks = linear.input_quantizer, _looks(hidden, every_nth_token)
+    q, where = linear.input_quantizer, looks(hidden.shape[-2], every_nth_token)
     if tokens:
         groups = num_groups(linear.in_features, q.group_size)
-        x_hat, kappa = training_ops.swiglu_fake_quantize_per_token(hidden, q.bits, groups, looks)
+        x_hat, kappa = training_ops.swiglu_fake_quantize_per_token(hidden, q.bits, groups, where)
     else:
-        x_hat, kappa = training_ops.swiglu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), looks)
+        x_hat, kappa = training_ops.swiglu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), where)
     return linear.project(x_hat), kappa

@@ -37,16 +37,18 @@ def token_kurtosis(y: Tensor, every_nth_token: int = 1, eps: float = 1e-12) -> T
     return (squares.square().mean(-1) / (squares.mean(-1).square() + eps)).mean()
 
 
-def looks(num_tokens: int, every_nth_token: int, eps: float = 1e-12) -> training_ops.Looks:
-    """At which tokens of a sequence, for the operators that take the kurtosis of their input along."""
+def looks(num_tokens: int, every_nth_token: int | None, eps: float = 1e-12) -> training_ops.Looks:
+    """At which tokens of a sequence, for the operators that compute the kurtosis of their input as well."""
+    if every_nth_token is None:
+        return training_ops.NOWHERE
     return _first(num_tokens, every_nth_token), every_nth_token, eps
 
 
-def tap_token_kurtosis(y: Tensor, kept: bool, every_nth_token: int = 1, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
-    """y to go on with and its :func:`token_kurtosis`; ``kept``: whether something keeps y for the backward pass."""
+def tap_token_kurtosis(y: Tensor, kept: bool, every_nth_token: int = 1) -> tuple[Tensor, Tensor]:
+    """The y to go on with, and :func:`token_kurtosis` of it; ``kept``: if something keeps y for the backward pass."""
     if y.is_cuda and y.dtype == torch.float64:  # no Triton kernel is that precise
-        return y, token_kurtosis(y, every_nth_token, eps)
-    return training_ops.token_kurtosis(y, *looks(y.shape[-2], every_nth_token, eps), keep=not kept)
+        return y, token_kurtosis(y, every_nth_token)
+    return training_ops.token_kurtosis(y, *looks(y.shape[-2], every_nth_token), keep=not kept)
 
 
 def channel_means(x: Tensor) -> tuple[Tensor, Tensor]:
