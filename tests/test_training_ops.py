@@ -7,6 +7,7 @@ import torch
 from fake_quant_checks import clips, doubled, formula
 from lit_actreg_kernels import training_ops
 from quantizer_checks import DEVICE
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
 from lit_actreg.quant.statistics import token_kurtosis
@@ -146,7 +147,7 @@ def test_batches_of_any_size_share_two_compilations(name):
             x_hat, kappa = function(x, low, high, *OPTIONS, (1, 2, 1e-12))
         return x_hat.sum() + kappa
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for num_sequences in range(2, 12):
         compiled(torch.randn(num_sequences, 6, 24, device=DEVICE, requires_grad=True)).backward()
