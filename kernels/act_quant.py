@@ -132,12 +132,13 @@ def _per_token_kernel(
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
-    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    low, high = tl.min(x, 0), tl.max(x, 0)  # the padding's zeros do no harm: the grid includes zero anyway
+    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0)
+    wide = x.to(tl.float32)
+    low, high = tl.min(wide, 0), tl.max(wide, 0)  # the padding's zeros do no harm: the grid includes zero anyway
     if not ONE_BLOCK:
         for start in range(BLOCK_K, K, BLOCK_K):
-            x = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            low, high = tl.minimum(low, tl.min(x, 0)), tl.maximum(high, tl.max(x, 0))
+            wide = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+            low, high = tl.minimum(low, tl.min(wide, 0)), tl.maximum(high, tl.max(wide, 0))
     scale, zero_point = grid_of_interval(low, high, Q_MIN, Q_MAX, INTEGER=True)
     tl.store(scale_ptr + row, scale)
     tl.store(zero_point_ptr + row, zero_point)
@@ -145,7 +146,7 @@ def _per_token_kernel(
         tl.store(q_ptr + row * K + k, to_codes(x, scale, zero_point, Q_MIN, Q_MAX), mask=k < K)
     else:
         for start in range(0, K, BLOCK_K):
-            x = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0)
             codes = to_codes(x, scale, zero_point, Q_MIN, Q_MAX)
             tl.store(q_ptr + row * K + start + k, codes, mask=start + k < K)
 
