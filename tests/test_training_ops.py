@@ -147,6 +147,7 @@ def test_batches_of_any_size_share_two_compilations(name):
             x_hat, kappa = function(x, low, high, *OPTIONS, (1, 2, 1e-12))
         return x_hat.sum() + kappa
 
+    torch._dynamo.reset()  # what other runs of this test have compiled
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for num_sequences in range(2, 12):
