@@ -75,8 +75,8 @@ class Variant:
         grids = LLAMA_GRIDS if model.config.style == "llama" else {}
         model.set_activations(QuantConfig(activations=self.activations, **grids))
         model.set_fused(self.fused)
-        term = LossTerm(token_kurtosis, every_nth_token=self.every_nth_token)
-        model.set_loss_terms((term,) if self.every_nth_token else ())
+        every = self.every_nth_token
+        model.set_loss_terms((LossTerm(token_kurtosis, every_nth_token=every),) if every else ())
 
 
 PLAIN = Variant("plain", "none", False)
