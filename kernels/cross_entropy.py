@@ -3,10 +3,9 @@
     loss = log Σ exp(l) − l_t          ∂loss/∂l = softmax(l) − e_t            t the target; an ignored row has 0 and 0
 
 A row is read once, stays in registers, and is written once: 4 bytes a bfloat16 logit. (One of more than 32,768 logits
-does not fit, and is read a second time.) A compiler's code reads it twice forward, for the largest and the sum at once
-and for the loss's gradient, and writes that backward: both the logits and their gradient are in memory. Here the
-gradient of each row's own loss is made before anybody knows that of the mean, which is one number: it is applied to
-what the gradient is multiplied with (:mod:`.training_ops`).
+does not fit, and is read a second time.) A compiler's code moves 6: it reads the row for its largest and its sum, and
+reads and writes it in the backward pass. Here the gradient of each row's own loss is made before anybody knows that of
+the mean, which is one number: it is applied to what the gradient is multiplied with (:mod:`.linear_cross_entropy`).
 
 One program a row. logits contiguous [R, V], of any float dtype but float64; targets int64 [R], one that is no index
 gives NaN. No autograd in here.

@@ -11,7 +11,6 @@ and, not about quantization but as near to the linears:
 
     token_kurtosis            y → y, κ̄
     swiglu                    [gate, up] → silu(gate) · up
-    linear_cross_entropy      x, W, targets → cross-entropy of the logits x Wᵀ
 
 Each is a ``torch.library.triton_op`` whose backward is one too (kurtosis: an autograd.Function around two): eager
 PyTorch, activation checkpointing, DDP and FSDP2 see ordinary operators, torch.compile sees through them to the kernels,
@@ -43,12 +42,12 @@ import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import training_reference
 from lit_actreg_kernels.checks import check, check_bits, check_float, check_halves, check_norm
-from lit_actreg_kernels.narrow_linear import weight_gradient
 from lit_actreg_kernels.ops import has_triton_kernels
 from torch import Tensor
 
 
-def _implementation(x: Tensor, module: str) -> ModuleType:
+def implementation(x: Tensor, module: str) -> ModuleType:
+    """Who computes it for x: a module of kernels, or the reference."""
     if x.is_cuda and has_triton_kernels(x.device.index):
         return importlib.import_module(f"lit_actreg_kernels.{module}")
     return training_reference
@@ -77,14 +76,14 @@ def _clip_gradients(ctx: Any, partial: Tensor) -> tuple[Tensor, Tensor]:
 def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool) -> Tensor:
     """x̂ of x [...], in its dtype."""
     _check(x, low, high, bits)
-    return _implementation(x, "fake_quant").fake_quantize(x.contiguous(), low, high, bits, integer_zero_point)
+    return implementation(x, "fake_quant").fake_quantize(x.contiguous(), low, high, bits, integer_zero_point)
 
 
 @torch.library.triton_op("lit_actreg::fake_quantize_backward", mutates_args=())
 def _fake_quantize_backward(
     g: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int, integer_zero_point: bool, masked: bool
 ) -> tuple[Tensor, Tensor]:
-    function = _implementation(x, "fake_quant").fake_quantize_backward
+    function = implementation(x, "fake_quant").fake_quantize_backward
     return function(g.contiguous(), x.contiguous(), low, high, bits, integer_zero_point, masked)
 
 
@@ -109,7 +108,7 @@ def _mean_kurtosis(h: Tensor, first: int, step: int, eps: float) -> tuple[Tensor
     """κ̄ of the tokens looked at, and what its gradient wants."""
     if not step:
         return h.new_empty(0, dtype=torch.float32), h.new_empty((0, 4), dtype=torch.float32)
-    kappa, terms, _ = _implementation(h, "kurtosis").token_kurtosis(h, first, step, eps, False)
+    kappa, terms, _ = implementation(h, "kurtosis").token_kurtosis(h, first, step, eps, False)
     return kappa.mean(), terms
 
 
@@ -129,7 +128,7 @@ def _activation_fake_quantize(
     _check(h, low, high, bits)
     if gated:
         check_halves(h, "h")
-    function, h = _implementation(h, "gelu_fake_quant").activation_fake_quantize, h.contiguous()
+    function, h = implementation(h, "gelu_fake_quant").activation_fake_quantize, h.contiguous()
     return function(h, low, high, gated, bits, integer_zero_point), *_mean_kurtosis(h, first, step, eps)
 
 
@@ -148,7 +147,7 @@ def _activation_backward(
     first: int,
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    function = _implementation(h, "gelu_fake_quant").activation_fake_quantize_backward
+    function = implementation(h, "gelu_fake_quant").activation_fake_quantize_backward
     rest = (gated, bits, integer_zero_point, masked, terms, d_kappa, first, step)
     return function(g.contiguous(), h.contiguous(), low, high, *rest)
 
@@ -170,31 +169,21 @@ Looks = tuple[int, int, float]
 NOWHERE: Looks = (0, 0, 0.0)
 
 
-def gelu_fake_quantize(
-    h: Tensor,
-    low: Tensor,
-    high: Tensor,
-    bits: int,
-    integer_zero_point: bool,
-    masked: bool,
-    looks: Looks = NOWHERE,
-) -> tuple[Tensor, Tensor]:
-    """x̂ of GELU(h) (not its tanh approximation), and κ̄ of h [..., T, H]; GELU is rounded to the dtype of h first."""
-    x_hat, kappa, _ = _activation_fake_quantize(h, low, high, False, bits, integer_zero_point, masked, *looks)
+def gelu_fake_quantize(h: Tensor, *arguments: Any, looks: Looks = NOWHERE) -> tuple[Tensor, Tensor]:
+    """x̂ of GELU(h) (not its tanh approximation), and κ̄ of h [..., T, H]; GELU is rounded to the dtype of h first.
+
+    Args:
+        arguments: low, high, bits, integer_zero_point, masked.
+    """
+    low, high, *grid = arguments
+    x_hat, kappa, _ = _activation_fake_quantize(h, low, high, False, *grid, *looks)
     return x_hat, kappa
 
 
-def swiglu_fake_quantize(
-    h: Tensor,
-    low: Tensor,
-    high: Tensor,
-    bits: int,
-    integer_zero_point: bool,
-    masked: bool,
-    looks: Looks = NOWHERE,
-) -> tuple[Tensor, Tensor]:
-    """x̂ [..., T, H] of silu(gate) · up, rounded to the dtype of h first, and κ̄ of h = [gate, up] [..., T, 2H]."""
-    x_hat, kappa, _ = _activation_fake_quantize(h, low, high, True, bits, integer_zero_point, masked, *looks)
+def swiglu_fake_quantize(h: Tensor, *arguments: Any, looks: Looks = NOWHERE) -> tuple[Tensor, Tensor]:
+    """x̂ [..., T, H] of silu(gate) · up, and κ̄ of h = [gate, up] [..., T, 2H]; the rest as for GELU."""
+    low, high, *grid = arguments
+    x_hat, kappa, _ = _activation_fake_quantize(h, low, high, True, *grid, *looks)
     return x_hat, kappa
 
 
@@ -212,7 +201,7 @@ def swiglu(h: Tensor) -> Tensor:
 
 @torch.library.triton_op("lit_actreg::swiglu_backward", mutates_args=())
 def _swiglu_backward(g: Tensor, h: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int) -> Tensor:
-    function = _implementation(h, "swiglu").swiglu_backward
+    function = implementation(h, "swiglu").swiglu_backward
     return function(g.contiguous(), h.contiguous(), terms, d_kappa, first, step)
 
 
@@ -230,7 +219,7 @@ def _swiglu_fake_quantize_per_token(
     check_bits(bits)
     divide = num_groups >= 1 and h.shape[-1] % (2 * num_groups) == 0
     check(divide, f"{num_groups} groups do not divide the halves of h, which has {h.shape[-1]} columns")
-    function, h = _implementation(h, "swiglu").swiglu_fake_quantize_per_token, h.contiguous()
+    function, h = implementation(h, "swiglu").swiglu_fake_quantize_per_token, h.contiguous()
     return function(h, bits, num_groups), *_mean_kurtosis(h, first, step, eps)
 
 
@@ -278,7 +267,7 @@ def _norm_fake_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, low, high, bits)
     check_norm(x, weight, bias, rms)
-    _, x_hat, statistics = _implementation(x, "norm_fake_quant").norm_fake_quantize(
+    _, x_hat, statistics = implementation(x, "norm_fake_quant").norm_fake_quantize(
         x.contiguous(), None, weight, bias, low, high, eps, rms, bits, integer_zero_point, value_dtype, out_dtype
     )
     return x_hat, x.new_zeros(()).expand(x.shape), statistics
@@ -305,7 +294,7 @@ def _add_norm_fake_quantize(
     check_norm(x, weight, bias, rms)
     if y.shape != x.shape or torch.promote_types(x.dtype, y.dtype) != x.dtype:
         raise ValueError(f"y {y.dtype} {list(y.shape)} cannot be added to x {x.dtype} {list(x.shape)}: cast or expand")
-    function, y = _implementation(x, "norm_fake_quant").norm_fake_quantize, y.contiguous()
+    function, y = implementation(x, "norm_fake_quant").norm_fake_quantize, y.contiguous()
     return function(
         x.contiguous(), y, weight, bias, low, high, eps, rms, bits, integer_zero_point, value_dtype, out_dtype
     )
@@ -329,7 +318,7 @@ def _norm_backward(
     value_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     function, y = (
-        _implementation(x, "norm_fake_quant").norm_fake_quantize_backward,
+        implementation(x, "norm_fake_quant").norm_fake_quantize_backward,
         None if y is None else y.contiguous(),
     )
     rest = (statistics, weight, bias, low, high, rms, bits, integer_zero_point, masked, value_dtype)
@@ -401,7 +390,7 @@ def add_norm_fake_quantize(x: Tensor, gate: Tensor | None, y: Tensor, *arguments
 
 @torch.library.triton_op("lit_actreg::token_kurtosis", mutates_args=())
 def _token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(y, "kurtosis").token_kurtosis(y.contiguous(), first, step, eps, keep)
+    return implementation(y, "kurtosis").token_kurtosis(y.contiguous(), first, step, eps, keep)
 
 
 @torch.library.triton_op("lit_actreg::add_kurtosis_gradient", mutates_args=())
@@ -410,7 +399,7 @@ def _add_kurtosis_gradient(
 ) -> Tensor:
     """A copy of g with the gradient added; a compiler sees that nobody else wants g, and leaves the copy out."""
     g = g.clone(memory_format=torch.contiguous_format)
-    _implementation(y, "kurtosis").add_kurtosis_gradient(g, y.contiguous(), terms, d_kappa, first, step, kept)
+    implementation(y, "kurtosis").add_kurtosis_gradient(g, y.contiguous(), terms, d_kappa, first, step, kept)
     return g
 
 
@@ -440,64 +429,3 @@ def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> 
     """
     check_float(y, "y", double_on_cpu=True)
     return _TokenKurtosis.apply(y, keep, first, step, eps)
-
-
-# The head and the loss: x, W, targets → Σ cross-entropy
-
-
-@torch.library.triton_op("lit_actreg::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignored: int, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """The sum of losses, and its gradient by the logits if one is wanted."""
-    check_float(x, "x", double_on_cpu=True)
-    fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1]
-    check(fits, f"x {list(x.shape)} and the head's weight {list(weight.shape)} make no logits: flatten the tokens")
-    one_each = targets.shape == x.shape[:1] and targets.dtype == torch.int64 and targets.device == x.device
-    check(one_each, f"targets {targets.dtype} {list(targets.shape)} on {targets.device}: pass an int64 for every token")
-    with torch.autocast(x.device.type, enabled=False):
-        logits = x @ weight.to(x.dtype).t()
-    losses = _implementation(x, "cross_entropy").cross_entropy(logits, targets, ignored, gradient)
-    return losses.sum(), logits if gradient else logits.new_empty(0)
-
-
-def _keep_linear_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # of the logits' gradient, by which nobody differentiates
-    ctx.save_for_backward(*inputs[:2], output[1])
-
-
-@torch.library.triton_op("lit_actreg::linear_cross_entropy_backward", mutates_args=())
-def _linear_cross_entropy_backward(
-    g: Tensor, d_logits: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """dx and dW, those that are wanted; the other is empty."""
-    g = g.view(1, 1)  # a scalar would be rounded to the other factor's dtype
-    dx = d_weight = x.new_empty(0)
-    if of_x:
-        with torch.autocast(x.device.type, enabled=False):
-            dx = ((d_logits @ weight.to(x.dtype)) * g).to(x.dtype)
-    if of_weight:  # in float32 until g has met it: the sum over all tokens may be too large for float16
-        wide = weight_gradient(d_logits, x, torch.promote_types(weight.dtype, torch.float32))
-        d_weight = (wide * g).to(weight.dtype)
-    return dx, d_weight
-
-
-def _backward_of_linear_cross_entropy(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    x, weight, d_logits = ctx.saved_tensors
-    of_x, of_weight = ctx.needs_input_grad[:2]
-    dx, d_weight = _linear_cross_entropy_backward(g, d_logits, x, weight, of_x, of_weight)
-    return dx if of_x else None, d_weight if of_weight else None, None, None, None
-
-
-_linear_cross_entropy.register_autograd(_backward_of_linear_cross_entropy, setup_context=_keep_linear_cross_entropy)
-
-
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> Tensor:
-    """Mean cross-entropy in nats of the logits x Wᵀ, over the targets that are not ``ignored``: float32 scalar.
-
-    x is [R, K], W [V, K] in a dtype that may be wider; targets int64 [R]; without a target it is NaN. Logits have the
-    dtype of x, and their gradient takes their place: 2 bytes a 16-bit logit in memory, where the formula has 10.
-    """
-    total, _ = _linear_cross_entropy(x.contiguous(), weight, targets.contiguous(), ignored, torch.is_grad_enabled())
-    num = (targets != ignored).sum()
-    return torch.where(num > 0, total / num.clamp(min=1), float("nan"))

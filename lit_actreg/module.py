@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lit_actreg_kernels.training_ops import linear_cross_entropy
+from lit_actreg_kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fake_quant_checks import poison
-from lit_actreg_kernels import cross_entropy, training_ops, training_reference
+from lit_actreg_kernels import cross_entropy, linear_cross_entropy, training_reference
 from quantizer_checks import DEVICE, DTYPES
 from torch.nn import functional
 
@@ -47,7 +47,7 @@ def test_gradients_in_float64():
     x, weight, targets = head(torch.float64, "cpu")
 
     def loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return 3 * training_ops.linear_cross_entropy(x, weight, targets, IGNORED)
+        return 3 * linear_cross_entropy.linear_cross_entropy(x, weight, targets, IGNORED)
 
     assert torch.autograd.gradcheck(loss, (x, weight), check_undefined_grad=False)
     expected = 3 * functional.cross_entropy(x @ weight.t(), targets, ignore_index=IGNORED)
@@ -65,7 +65,11 @@ def test_the_mean_and_its_gradients(compiled, narrow):
     logits = (wide_x @ wide_weight.t()).to(narrow).double()  # rounded once, as a product gives them
     expected = functional.cross_entropy(logits, targets, ignore_index=IGNORED)
     (expected / 8).backward()
-    function = torch.compile(training_ops.linear_cross_entropy) if compiled else training_ops.linear_cross_entropy
+    function = (
+        torch.compile(linear_cross_entropy.linear_cross_entropy)
+        if compiled
+        else linear_cross_entropy.linear_cross_entropy
+    )
     found = function(narrow_x, weight, targets, IGNORED)
     (found / 8).backward()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
@@ -98,17 +102,19 @@ def test_the_models_loss(autocast):
 def test_without_a_gradient_none_is_made(monkeypatch):
     x, weight, targets = head(torch.float32, DEVICE)
     calls = []
-    operator = training_ops._linear_cross_entropy
-    monkeypatch.setattr(training_ops, "_linear_cross_entropy", lambda *args: calls.append(args) or operator(*args))
+    operator = linear_cross_entropy._linear_cross_entropy
+    monkeypatch.setattr(
+        linear_cross_entropy, "_linear_cross_entropy", lambda *args: calls.append(args) or operator(*args)
+    )
     with torch.no_grad():
-        found = training_ops.linear_cross_entropy(x, weight, targets, IGNORED)
+        found = linear_cross_entropy.linear_cross_entropy(x, weight, targets, IGNORED)
     assert calls[0][-1] is False
-    torch.testing.assert_close(found, training_ops.linear_cross_entropy(x, weight, targets, IGNORED).detach())
+    torch.testing.assert_close(found, linear_cross_entropy.linear_cross_entropy(x, weight, targets, IGNORED).detach())
 
 
 def test_targets_that_are_all_ignored_leave_no_gradient():
     x, weight, targets = head(torch.float32, DEVICE)
-    loss = training_ops.linear_cross_entropy(x, weight, torch.full_like(targets, IGNORED), IGNORED)
+    loss = linear_cross_entropy.linear_cross_entropy(x, weight, torch.full_like(targets, IGNORED), IGNORED)
     loss.backward()
     assert loss.isnan()
     assert not x.grad.any()
@@ -128,7 +134,7 @@ def test_sums_over_tokens_are_wide_also_for_float16_weights():
     x[:, 0] = 60.0
     weight = torch.zeros(50, 8, dtype=torch.float16, device=DEVICE).requires_grad_()
     targets = torch.zeros(16384, dtype=torch.int64, device=DEVICE)
-    training_ops.linear_cross_entropy(x, weight, targets, IGNORED).backward()
+    linear_cross_entropy.linear_cross_entropy(x, weight, targets, IGNORED).backward()
     expected = torch.full((50,), 60 / 50)
     expected[0] -= 60
     torch.testing.assert_close(weight.grad[:, 0].cpu().float(), expected, rtol=2e-3, atol=0)
@@ -136,7 +142,7 @@ def test_sums_over_tokens_are_wide_also_for_float16_weights():
 
 def test_there_is_no_second_derivative():
     x, weight, targets = head(torch.float32, DEVICE)
-    loss = training_ops.linear_cross_entropy(x, weight, targets, IGNORED)
+    loss = linear_cross_entropy.linear_cross_entropy(x, weight, targets, IGNORED)
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         dx.sum().backward()
@@ -166,8 +172,8 @@ def test_a_head_of_its_own_kind_is_called(monkeypatch, change):
 def test_errors_say_what_to_do():
     x, weight, targets = head(torch.float32, DEVICE)
     with pytest.raises(ValueError, match="flatten the tokens"):
-        training_ops.linear_cross_entropy(x[None], weight, targets, IGNORED)
+        linear_cross_entropy.linear_cross_entropy(x[None], weight, targets, IGNORED)
     with pytest.raises(ValueError, match="pass an int64 for every token"):
-        training_ops.linear_cross_entropy(x, weight, targets[1:], IGNORED)
+        linear_cross_entropy.linear_cross_entropy(x, weight, targets[1:], IGNORED)
     with pytest.raises(ValueError, match="pass an int64 for every token"):
-        training_ops.linear_cross_entropy(x, weight, targets.int(), IGNORED)
+        linear_cross_entropy.linear_cross_entropy(x, weight, targets.int(), IGNORED)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fake_quant_checks import clips, doubled, formula
 from lit_actreg_kernels import training_ops
+from lit_actreg_kernels.linear_cross_entropy import linear_cross_entropy
 from quantizer_checks import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
@@ -52,7 +53,7 @@ def test_opcheck_with_kurtosis(name):
 def test_inputs_need_not_be_contiguous(monkeypatch, name):
     """The kernels' must be: operators copy for them. Without a GPU they run in the interpreter."""
     modules = training_ops.__name__.rpartition(".")[0]
-    monkeypatch.setattr(training_ops, "_implementation", lambda _, name: importlib.import_module(f"{modules}.{name}"))
+    monkeypatch.setattr(training_ops, "implementation", lambda _, name: importlib.import_module(f"{modules}.{name}"))
     operator, arguments = samples()[name]
     leaves = [a for a in arguments if isinstance(a, torch.Tensor)]
 
@@ -113,7 +114,7 @@ def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted
     """Its value, and its gradient on top of the activation's, by the reference and by the kernels."""
     if interpreted:
         modules = training_ops.__name__.rpartition(".")[0]
-        monkeypatch.setattr(training_ops, "_implementation", lambda _, n: importlib.import_module(f"{modules}.{n}"))
+        monkeypatch.setattr(training_ops, "implementation", lambda _, n: importlib.import_module(f"{modules}.{n}"))
     operator, (_, *rest) = samples((first, step, 1e-12))[name]
     plain = [*rest[:-3], *training_ops.NOWHERE]
     generator = torch.Generator().manual_seed(0)
@@ -139,12 +140,12 @@ def test_batches_of_any_size_share_two_compilations(name):
     def loss(x: torch.Tensor) -> torch.Tensor:
         if name == "linear_cross_entropy":
             targets = torch.zeros_like(x[..., 0], dtype=torch.int64).flatten()
-            return training_ops.linear_cross_entropy(x.flatten(0, 1), weight, targets, -100)
+            return linear_cross_entropy(x.flatten(0, 1), weight, targets, -100)
         if name == "swiglu on tokens' grids":
             x_hat, kappa = training_ops.swiglu_fake_quantize_per_token(x, 4, 2, (1, 2, 1e-12))
         else:
             function = training_ops.swiglu_fake_quantize if name == "swiglu" else training_ops.gelu_fake_quantize
-            x_hat, kappa = function(x, low, high, *OPTIONS, (1, 2, 1e-12))
+            x_hat, kappa = function(x, low, high, *OPTIONS, looks=(1, 2, 1e-12))
         return x_hat.sum() + kappa
 
     torch._dynamo.reset()  # what other runs of this test have compiled

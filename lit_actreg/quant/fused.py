@@ -76,7 +76,7 @@ def gelu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None) 
         return linear(F.gelu(hidden)), kappa
     assert isinstance(linear, QuantLinear)
     q, where = linear.input_quantizer, looks(hidden.shape[-2], every_nth_token)
-    x_hat, kappa = training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), where)
+    x_hat, kappa = training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), looks=where)
     return linear.project(x_hat), kappa
 
 
@@ -104,5 +104,5 @@ def swiglu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None
         groups = num_groups(linear.in_features, q.group_size)
         x_hat, kappa = training_ops.swiglu_fake_quantize_per_token(hidden, q.bits, groups, where)
     else:
-        x_hat, kappa = training_ops.swiglu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), where)
+        x_hat, kappa = training_ops.swiglu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), looks=where)
     return linear.project(x_hat), kappa
