@@ -184,8 +184,14 @@ class Decoder(nn.Module):
 
     def begin_stream(self, ids: Tensor) -> Tensor:
         """The residual stream before the first block, [B, T, D]; the blocks keep its dtype."""
-        x: Tensor = self.embedding(ids)
-        return x.bfloat16() if self.bfloat16_stream and torch.is_autocast_enabled(ids.device.type) else x
+        if self.bfloat16_stream and torch.is_autocast_enabled(ids.device.type):
+            return F.embedding(ids, self.embedding.weight.bfloat16())  # a cast of the table, not of every token
+        return self.embedding(ids)
+
+    def end_stream(self, x_BTD: Tensor) -> Tensor:
+        """The final norm, and under autocast already the cast to what the head takes."""
+        hidden, device = wide_norm(self.norm, x_BTD), x_BTD.device.type
+        return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
     def embed(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the blocks take: x [B, T, D] and the rotary cos and sin [T, E]."""
@@ -208,7 +214,7 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x, block_statistics = block(x, cos, sin) if caches is None else block(x, cos, sin, caches[i])
             statistics.append(block_statistics)
-        return wide_norm(self.norm, x), torch.stack(statistics)
+        return self.end_stream(x), torch.stack(statistics)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         return self.head(hidden_BTD)
