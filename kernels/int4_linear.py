@@ -134,15 +134,19 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool)
 def choose_decode_tile(num_tokens: int, num_outputs: int, num_bytes: int) -> Tile:
     """The tile of :mod:`.int4_hopper_decode` for 2 to 64 tokens.
 
-    Its buffers leave room for two programs a multiprocessor up to 32 tokens, and where 64 tokens have more than 132.
+    Two programs share a multiprocessor, with 96 KB of buffers each, where there are more than 132 tiles, or so few of
+    16 tokens that K is split; else one program has 128 or 144 KB.
     """
     num_tiles = triton.cdiv(num_outputs, 64)
-    split_k = split_for(num_tiles, num_bytes, num_programs=264 if num_tokens <= 16 else 132)
-    if num_tokens <= 32:
-        block_m, num_stages = (16, 4) if num_tokens <= 16 else (32, 3)
-        return Tile(block_m, 64, 256, num_warps=4, num_stages=num_stages, split_k=split_k, hopper=True)
-    num_stages = 4 if num_tiles > 132 else 8 if split_k == 1 else 6
-    return Tile(64, 64, 128, num_warps=4, num_stages=num_stages, split_k=split_k, hopper=True)
+    shared = num_tiles > 132 or (num_tokens <= 16 and num_tiles < 96)
+    if num_tokens <= 16:
+        block_m, block_k, num_stages = 16, 256, 4 if shared else 6
+    elif num_tokens <= 32:
+        block_m, block_k, num_stages = 32, 256, 3 if shared else 4
+    else:
+        block_m, block_k, num_stages = 64, 128, 4 if shared else 6
+    split_k = split_for(num_tiles, num_bytes, num_programs=264 if shared else 132)
+    return Tile(block_m, 64, block_k, num_warps=4, num_stages=num_stages, split_k=split_k, hopper=True)
 
 
 def split_for(num_tiles: int, num_bytes: int, num_programs: int) -> int:
