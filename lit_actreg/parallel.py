@@ -11,6 +11,8 @@ they are. The LightningModule itself is never compiled: ``self.log`` does not su
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -38,9 +40,15 @@ def checkpoint_blocks(model: Decoder) -> None:
 
 
 def compile_blocks(model: Decoder) -> None:
-    """Compiles every block as one graph each; they share the compiled code."""
+    """Compiles every block as one graph each, which share the compiled code, and the final norm.
+
+    Under DistributedDataParallel, too: its own optimizer would cut a block's graph wherever a bucket of gradients is
+    full, so that their reduction begins before the graph's end. With many blocks it begins early enough.
+    """
+    torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         block.compile(fullgraph=True)
+    model.end_stream = torch.compile(model.end_stream, fullgraph=True)  # type: ignore[method-assign]
 
 
 def shard(model: Decoder, mesh: DeviceMesh) -> None:
@@ -65,6 +73,18 @@ def shard(model: Decoder, mesh: DeviceMesh) -> None:
     # The gradient of a parameter outside every group would not be reduced, and ranks would drift apart.
     outside = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     assert not outside, outside
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, in its place.
+
+    The device sees to it while the host goes on. Lightning's ``strategy.reduce`` begins with a barrier, at which the
+    host waits until the device has done all its work.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

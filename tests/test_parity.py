@@ -28,16 +28,19 @@ from small_fit import (
     write_corpus,
 )
 from small_models import text_ids
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.kurtosis import KurtosisRegularization
+from lit_actreg.callbacks.loss_guard import LossGuard
 from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
 from lit_actreg.callbacks.preemption import Preemption
 from lit_actreg.callbacks.weight_penalty import WeightPenalty
 from lit_actreg.checkpoint import read_shards
 from lit_actreg.config import ModelConfig, QuantConfig
 from lit_actreg.contracts import LossTerm
-from lit_actreg.model import Decoder
+from lit_actreg.model import Block, Decoder
 from lit_actreg.module import next_token_loss
 from lit_actreg.parallel import checkpoint_blocks, compile_blocks, shard, whole
 from lit_actreg.quant.statistics import kurtosis, token_kurtosis
@@ -123,6 +126,25 @@ def test_gradients_are_the_formulas(style, engine):
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: n + text)
 
 
+def test_ddp_leaves_a_compiled_block_whole(monkeypatch):
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(Block, "compile", lambda block, **options: Module.compile(block, backend=count, **options))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = Decoder(ModelConfig(num_layers=2, width=512, num_heads=2), QuantConfig(), 256)  # 12 MiB a block
+        compile_blocks(model)
+        hidden, _ = DistributedDataParallel(model)(text_ids(1, 8))
+        hidden.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 1  # of both blocks
+
+
 class TakesSigterm(Callback):
     """As ResumeCheckpoint does. Lightning would ask all ranks in every batch with a tensor that is freed while gloo's
     thread may still hold it: a race in PyTorch, it seems (pytorch#75529 is one like it); in some 100 runs of these fits
@@ -130,6 +152,19 @@ class TakesSigterm(Callback):
 
     def on_train_start(self, trainer, pl_module):
         Preemption().install(trainer)
+
+
+class NoBarriers(Callback):
+    """In a step: the host would wait until a GPU has done all its work."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.barrier, torch.distributed.barrier = torch.distributed.barrier, self.refuse
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        torch.distributed.barrier = self.barrier
+
+    def refuse(self, *_, **__):
+        raise AssertionError("a barrier in a training step")
 
 
 class LopsidedClips(Callback):
@@ -163,7 +198,10 @@ def fit(
     validation = {"limit_val_batches": 100, "val_check_interval": 10, "check_val_every_n_epoch": None}
     penalties = [KurtosisRegularization(weight), WeightPenalty(100 * weight)]
     engine = trainer(
-        [TakesSigterm(), LopsidedClips(), *penalties, clips, monitor, losses], steps, **validation, **options
+        [TakesSigterm(), LopsidedClips(), *penalties, clips, LossGuard(), monitor, losses, NoBarriers()],
+        steps,
+        **validation,
+        **options,
     )
     torch.set_default_dtype(torch.float64)
     try:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lit_actreg.checkpoint import load_lightning_checkpoint
 from lit_actreg.config import SITES, QuantConfig, as_plain
 from lit_actreg.module import LitLanguageModel
-from lit_actreg.parallel import local
+from lit_actreg.parallel import local, mean_over_ranks
 from lit_actreg.quant.clips import ClipMethod, initial_clips
 from lit_actreg.quant.linear import InputQuantizer, QuantLinear
 from lit_actreg.quant.observe import observe_inputs
@@ -173,7 +173,7 @@ class ClipSchedule(Callback):
         with trainer.precision_plugin.forward_context():
             observe_inputs(module.model, ids, observer)
         if found:
-            values = trainer.strategy.reduce(torch.stack([clips for _, clips in found]), reduce_op="mean")
+            values = mean_over_ranks(torch.stack([clips for _, clips in found]))
             for (quantizer, _), (low, high) in zip(found, values.tolist(), strict=True):
                 quantizer.low.fill_(low)  # with a number: the clip may be sharded
                 quantizer.high.fill_(high)

@@ -36,7 +36,7 @@ from lit_actreg.callbacks.checkpoint import run_folder
 from lit_actreg.checkpoint import last_checkpoint
 from lit_actreg.data.resume import num_trained_batches
 from lit_actreg.data.sampler import TrainSampler
-from lit_actreg.parallel import whole
+from lit_actreg.parallel import mean_over_ranks, whole
 
 Action = Literal["stop", "skip", "ignore"]
 FINE, NAN, SPIKE = 0, 1, 2
@@ -110,7 +110,7 @@ class LossGuard(Callback):
             return
         # Lightning divides by the whole window's length also where the last one of a pass over the data is shorter
         mean = torch.stack(self._losses).sum() * (trainer.accumulate_grad_batches / len(self._losses))
-        loss = trainer.strategy.reduce(mean, reduce_op="mean")
+        loss = mean_over_ranks(mean)
         first = num_trained_batches(trainer) - len(self._losses) + 1
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
