@@ -84,10 +84,7 @@ class ActRegCLI(LightningCLI):
         parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A fit's progress bar is drawn as often as numbers are logged: drawing reads them off the device.
-
-        Lightning's default one does so after every batch, and the device then waits for the host.
-        """
+        """A fit's progress bar is drawn as often as its numbers change."""
         given = self.config_init[self.subcommand].trainer if self.subcommand == "fit" else {}
         callbacks = given.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]

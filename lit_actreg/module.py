@@ -28,7 +28,7 @@ from lit_actreg.data.packed import IGNORE
 from lit_actreg.generate import generate
 from lit_actreg.huggingface import load_huggingface
 from lit_actreg.model import Decoder
-from lit_actreg.parallel import checkpoint_blocks, compile_blocks, shard, whole
+from lit_actreg.parallel import checkpoint_blocks, compile_blocks, mean_over_ranks, shard, whole
 
 
 def next_token_loss(head: nn.Linear, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -96,6 +96,7 @@ class LitLanguageModel(LightningModule):
         self.activation_checkpointing, self.bfloat16_stream = activation_checkpointing, bfloat16_stream
         self.new_tokens, self.temperature = new_tokens, temperature
         self.loss_terms: dict[str, LossTerm] = {}
+        self._loss_to_log: Tensor | None = None
         self.clips_are_scheduled = False
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.cross_entropy = next_token_loss
@@ -186,8 +187,18 @@ class LitLanguageModel(LightningModule):
                 self.log(f"{name}/penalty", penalty.detach())
                 for site, value in zip(term.sites, values.detach().mean(0), strict=True):
                     self.log(f"{name}/{site}", value)
-        self.log("train/loss", cross_entropy.detach(), prog_bar=True)
+        self._loss_to_log = cross_entropy.detach().clone() if self.logs_now else None
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        """Logs the loss of a step that loggers take, the mean over ranks.
+
+        As a tensor of the host: of what it shows on the progress bar Lightning reads the last value again after every
+        batch, and would wait for the device in each.
+        """
+        if self._loss_to_log is not None and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log("train/loss", mean_over_ranks(self._loss_to_log).cpu(), prog_bar=True)
+            self._loss_to_log = None
 
     def _evaluate(self, batch: Tensor, metric: MeanMetric) -> None:
         targets = batch[:, 1:]

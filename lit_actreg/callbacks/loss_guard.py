@@ -175,7 +175,7 @@ class LossGuard(Callback):
         if len(self._unread) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self.read(trainer)
         if self.active and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log("train/skipped_steps", float(self.num_skipped))
+            pl_module.log("train/skipped_steps", torch.tensor(float(self.num_skipped)))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """No checkpoint is written of a fit that is about to stop."""

@@ -119,8 +119,8 @@ class Throughput(Callback):
         waited = loader.seconds_waited if isinstance(loader, ResumableLoader) else 0.0
         if self._since:
             for name, value in self.numbers(trainer, now - self._since, step - self._logged_step).items():
-                pl_module.log(f"train/{name}", value, prog_bar=True)
-            pl_module.log("train/data_wait_seconds", waited - self._waited, prog_bar=True)
+                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=True)  # on the host: module.py says why
+            pl_module.log("train/data_wait_seconds", torch.tensor(waited - self._waited), prog_bar=True)
         self._since, self._waited, self._logged_step = now, waited, step
         self._tokens = self._flops = 0
 
