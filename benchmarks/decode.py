@@ -125,9 +125,10 @@ def run_blocks(
     blocks: list[Block] | list[Int4Block], inputs: tuple[list[LayerCache], Tensor, Tensor, Tensor]
 ) -> Tensor:
     caches, x, cos, sin = inputs
+    y = None
     for block, cache in zip(blocks, caches, strict=True):
-        x, _ = block(x, cos, sin, cache)
-    return x
+        x, y, _ = block(x, y, cos, sin, cache)
+    return x if y is None else x + y
 
 
 def block_candidates(plain: list[Block], integer: list[Int4Block], inputs: tuple) -> list[Candidate]:

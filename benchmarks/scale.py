@@ -37,8 +37,9 @@ def saved_bytes(block: Block, num_sequences: int) -> int:
 
     angles = rotary_angles(PROBE_TOKENS, config.head_width, config.rope_theta, torch.device("cpu"))
     x = torch.randn(num_sequences, PROBE_TOKENS, config.width, requires_grad=True)
+    y = torch.zeros_like(x, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        block(x, *angles)
+        block(x, y, *angles)
     return sum(size for size, _ in storages.values())
 
 
@@ -74,7 +75,7 @@ def main() -> None:
 
     batch, tokens = data["batch_size"], data["batch_size"] * data["context"]
     logits = tokens * data["vocab_size"] * 2  # bf16; their gradient takes their place
-    recompute = config.num_layers * tokens * config.width * 4
+    recompute = config.num_layers * tokens * config.width * (4 + 2)  # x and y
     plain, static = QuantConfig(activations="none"), QuantConfig()
     cases = {
         "16-bit, eager": (plain, False, False),

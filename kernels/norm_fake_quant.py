@@ -2,15 +2,15 @@
 
     x′ = x + y        n = (x′ − μ) / √(σ² + ε)        v = n · w + b        x̂ = fake quantization of v
 
-(RMSNorm: μ = 0, no b.) The backward pass reads x and y, the gradient g of x̂ and the gradient d′ that x′ gets from
-elsewhere (the residual connection), computes x′, n and v again with the saved μ and 1/σ, and writes the whole gradient
-of x and y. (x is in memory for the norm before; a bfloat16 y beside it takes half as much as x′ would.)
+(RMSNorm: μ = 0, no b.) The backward pass reads x′, the gradient g of x̂ and the gradient d′ that x′ gets from elsewhere
+(the residual connection), computes n and v again with the saved μ and 1/σ, and writes the whole gradient of x and y,
+to either in its own dtype.
 
     dv, dc⁻, dc⁺ from g (:mod:`.fake_quant`)        dw = Σ_rows dv · n        db = Σ_rows dv
     dx = d′ + (dv·w − mean(dv·w) − n · mean(dv·w·n)) / σ        (RMSNorm without the first mean)
 
 A fixed number of programs walks over the rows and keeps its share of dw and db in registers; PyTorch adds the shares,
-so sums are deterministic. Bytes an element, with a float32 stream and bfloat16 y, x̂: 12 forward, 18 backward.
+so sums are deterministic. Bytes an element, with a float32 stream and bfloat16 y, x̂: 12 forward, 16 backward.
 
 v is rounded to ``value_dtype`` before it meets the grid: to what the norm alone would have written (float32 under
 autocast). Statistics as in :mod:`.norm_quant`; K ≤ 65,536, all float dtypes but float64, tensors contiguous.
@@ -43,7 +43,6 @@ def _forward_kernel(
     K,
     EPS: tl.constexpr,  # not an argument: torch.compile passes those as float64, and the row would follow
     RMS: tl.constexpr,
-    HAS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     VALUE_DTYPE: tl.constexpr,
     Q_MIN: tl.constexpr,
@@ -55,9 +54,8 @@ def _forward_kernel(
     k = tl.arange(0, BLOCK_K)
     inside = k < K
     x = tl.load(x_ptr + row * K + k, mask=inside, other=0.0)
-    if HAS_Y:
-        x = (x.to(tl.float32) + tl.load(y_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
-        tl.store(new_ptr + row * K + k, x, mask=inside)
+    x = (x.to(tl.float32) + tl.load(y_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+    tl.store(new_ptr + row * K + k, x, mask=inside)
     value, mean, factor = normalize(x.to(tl.float32), inside, K, EPS, RMS)
     value = value * tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -73,8 +71,7 @@ def _forward_kernel(
 def _backward_kernel(
     g_ptr,
     d_new_ptr,
-    x_ptr,
-    y_ptr,
+    new_ptr,
     statistics_ptr,
     weight_ptr,
     bias_ptr,
@@ -87,7 +84,6 @@ def _backward_kernel(
     num_rows,
     K,
     RMS: tl.constexpr,
-    HAS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     VALUE_DTYPE: tl.constexpr,
     Q_MIN: tl.constexpr,
@@ -107,10 +103,7 @@ def _backward_kernel(
     sum_weight, sum_bias = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     for index in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(index, tl.int64)
-        x = tl.load(x_ptr + row * K + k, mask=inside, other=0.0)
-        if HAS_Y:
-            x = (x.to(tl.float32) + tl.load(y_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
-        x = x.to(tl.float32)
+        x = tl.load(new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)  # zero in the padding, as dv then is
         d_new = tl.load(d_new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
         factor = tl.load(statistics_ptr + num_rows + row)
@@ -132,8 +125,7 @@ def _backward_kernel(
             dx -= tl.sum(weighted, 0) / K
         dx = dx * factor + d_new
         tl.store(dx_ptr + row * K + k, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        if HAS_Y:
-            tl.store(dy_ptr + row * K + k, dx.to(dy_ptr.dtype.element_ty), mask=inside)
+        tl.store(dy_ptr + row * K + k, dx.to(dy_ptr.dtype.element_ty), mask=inside)
     store_clip_sums(clips_ptr, sum_low, sum_high)
     program = tl.program_id(0)
     tl.store(parameters_ptr + program * K + k, sum_weight, mask=inside)
@@ -145,9 +137,9 @@ def _num_warps(block: int) -> int:
     return max(1, min(16, block // 256))
 
 
-def norm_fake_quantize(
+def add_norm_fake_quantize(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     low: Tensor,
@@ -159,11 +151,10 @@ def norm_fake_quantize(
     value_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x′ in the dtype of x (x itself without y), x̂ [..., K] in ``out_dtype``, and μ, 1/σ of rows, float32 [2, M]."""
+    """x′ in the dtype of x, x̂ [..., K] in ``out_dtype``, and μ, 1/σ of rows, float32 [2, M]."""
     num_columns = x.shape[-1]
     num_rows = x.numel() // max(1, num_columns)
-    new = x if y is None else torch.empty_like(x)
-    x_hat = torch.empty_like(x, dtype=out_dtype)
+    new, x_hat = torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
     statistics = x.new_empty((2, num_rows), dtype=torch.float32)
     if x.numel():
         q_min, q_max = code_range(bits)
@@ -181,7 +172,6 @@ def norm_fake_quantize(
             num_columns,
             eps,
             RMS=rms,
-            HAS_Y=y is not None,
             HAS_BIAS=bias is not None,
             VALUE_DTYPE=_DTYPES[value_dtype],
             Q_MIN=q_min,
@@ -193,11 +183,11 @@ def norm_fake_quantize(
     return new, x_hat, statistics
 
 
-def norm_fake_quantize_backward(
+def add_norm_fake_quantize_backward(
     g: Tensor,
     d_new: Tensor,
-    x: Tensor,
-    y: Tensor | None,
+    new: Tensor,
+    y_dtype: torch.dtype,
     statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -209,24 +199,22 @@ def norm_fake_quantize_backward(
     masked: bool,
     value_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in the dtype of x, dy in that of y (empty without), and partial sums.
+    """dx in the dtype of x′, dy in that of y, and partial sums.
 
     These are dw and db, float32 [2, programs, K], and dc⁻ and dc⁺, float32 [2, programs].
     """
-    num_columns = x.shape[-1]
-    num_rows = x.numel() // max(1, num_columns)
-    dx = torch.empty_like(x)
-    dy = x.new_empty(0) if y is None else torch.empty_like(y)
+    num_columns = new.shape[-1]
+    num_rows = new.numel() // max(1, num_columns)
+    dx, dy = torch.empty_like(new), torch.empty_like(new, dtype=y_dtype)
     block = triton.next_power_of_2(num_columns)
-    programs = programs_for(x.device, _PROGRAMS_PER_PROCESSOR)
-    parameters = x.new_empty((2, programs, num_columns), dtype=torch.float32)
-    clips = x.new_empty((2, programs), dtype=torch.float32)
+    programs = programs_for(new.device, _PROGRAMS_PER_PROCESSOR)
+    parameters = new.new_empty((2, programs, num_columns), dtype=torch.float32)
+    clips = new.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
     visible(_backward_kernel)[(programs,)](
         g,
         d_new,
-        x,
-        y,
+        new,
         statistics,
         weight,
         bias,
@@ -239,7 +227,6 @@ def norm_fake_quantize_backward(
         num_rows,
         num_columns,
         RMS=rms,
-        HAS_Y=y is not None,
         HAS_BIAS=bias is not None,
         VALUE_DTYPE=_DTYPES[value_dtype],
         Q_MIN=q_min,

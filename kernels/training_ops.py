@@ -4,7 +4,6 @@
     gelu_fake_quantize        h → x̂ of GELU(h), κ̄ of h
     swiglu_fake_quantize      h = [gate, up] → x̂ of silu(gate) · up, κ̄ of h
     swiglu_fake_quantize_per_token                  the same on tokens' grids
-    norm_fake_quantize        x → x̂ of norm(x), gate
     add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′)
 
 and, not about quantization but as near to the linears:
@@ -22,10 +21,8 @@ leave a backward as partial sums, one a program, and are added here, where the c
 Who edits a kernel of a backward pass clears the compiler's cache (``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``): its key
 does not know the kernels behind an operator.
 
-The *gate* of ``norm_fake_quantize`` is how the gradient of the residual connection gets into the norm's backward pass,
-where adding it costs one read; added outside, it costs two reads and a write of the whole stream. It is a zero in the
-shape of x that takes no memory (all strides 0), and stands for x in the graph: give it with x to what comes next,
-whose value is that of x + gate and whose gradient flows to the gate alone.
+The *sum* is in the norm's operator for its gradient, too: that of the residual connection is added in the norm's
+backward pass for one read, where outside it would cost two reads and a write of the whole stream.
 
 *Kurtosis* of h comes along with the operators behind the MLP's activation: their backward passes read h anyway, and add
 its gradient for nothing. ``looks`` is (first, step, ε): at which tokens (:mod:`.kurtosis`); with step 0, at none.
@@ -247,36 +244,12 @@ def swiglu_fake_quantize_per_token(
     return x_hat, kappa
 
 
-# The norms: x → x̂, gate; and x, y → x′, x̂
-
-
-@torch.library.triton_op("lit_actreg::norm_fake_quantize", mutates_args=())
-def _norm_fake_quantize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    eps: float,
-    rms: bool,
-    bits: int,
-    integer_zero_point: bool,
-    masked: bool,
-    value_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, low, high, bits)
-    check_norm(x, weight, bias, rms)
-    _, x_hat, statistics = implementation(x, "norm_fake_quant").norm_fake_quantize(
-        x.contiguous(), None, weight, bias, low, high, eps, rms, bits, integer_zero_point, value_dtype, out_dtype
-    )
-    return x_hat, x.new_zeros(()).expand(x.shape), statistics
+# The norm behind an addition: x, y → x′, x̂
 
 
 @torch.library.triton_op("lit_actreg::add_norm_fake_quantize", mutates_args=())
 def _add_norm_fake_quantize(
     x: Tensor,
-    gate: Tensor | None,
     y: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -294,18 +267,18 @@ def _add_norm_fake_quantize(
     check_norm(x, weight, bias, rms)
     if y.shape != x.shape or torch.promote_types(x.dtype, y.dtype) != x.dtype:
         raise ValueError(f"y {y.dtype} {list(y.shape)} cannot be added to x {x.dtype} {list(x.shape)}: cast or expand")
-    function, y = implementation(x, "norm_fake_quant").norm_fake_quantize, y.contiguous()
+    function, y = implementation(x, "norm_fake_quant").add_norm_fake_quantize, y.contiguous()
     return function(
         x.contiguous(), y, weight, bias, low, high, eps, rms, bits, integer_zero_point, value_dtype, out_dtype
     )
 
 
-@torch.library.triton_op("lit_actreg::norm_fake_quantize_backward", mutates_args=())
-def _norm_backward(
+@torch.library.triton_op("lit_actreg::add_norm_fake_quantize_backward", mutates_args=())
+def _add_norm_backward(
     g: Tensor,
     d_new: Tensor,
-    x: Tensor,
-    y: Tensor | None,
+    new: Tensor,
+    y_dtype: torch.dtype,
     statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -317,71 +290,36 @@ def _norm_backward(
     masked: bool,
     value_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    function, y = (
-        implementation(x, "norm_fake_quant").norm_fake_quantize_backward,
-        None if y is None else y.contiguous(),
-    )
+    function = implementation(new, "norm_fake_quant").add_norm_fake_quantize_backward
     rest = (statistics, weight, bias, low, high, rms, bits, integer_zero_point, masked, value_dtype)
-    return function(g.contiguous(), d_new.contiguous(), x.contiguous(), y, *rest)
-
-
-def _keep_norm(ctx: Any, x: Tensor, y: Tensor | None, statistics: Tensor, parameters: tuple[Any, ...]) -> None:
-    weight, bias, low, high, _, *ctx.options, _ = parameters
-    ctx.clip_dtype, ctx.weight_dtype, ctx.has_bias = low.dtype, weight.dtype, bias is not None
-    ctx.save_for_backward(x, y, statistics, weight, bias, low, high)
-
-
-def _parameter_gradients(ctx: Any, g: Tensor, d_new: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """dx, dy, and the gradients of weight to ``out_dtype`` in the operators' order."""
-    dx, dy, parameters, clips = _norm_backward(g, d_new, *ctx.saved_tensors, *ctx.options)
-    d_weight, d_bias = parameters.sum(1).to(ctx.weight_dtype).unbind()
-    rest = (d_weight, d_bias if ctx.has_bias else None, *_clip_gradients(ctx, clips), *[None] * 7)
-    return dx, dy, rest
-
-
-def _keep_norm_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep_norm(ctx, inputs[0], None, output[2], inputs[1:])
-
-
-def _backward_of_norm(ctx: Any, g: Tensor, d_gate: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dx, _, rest = _parameter_gradients(ctx, g, d_gate)
-    return dx, *rest
-
-
-_norm_fake_quantize.register_autograd(_backward_of_norm, setup_context=_keep_norm_fake_quantize)
+    return function(g.contiguous(), d_new.contiguous(), new, y_dtype, *rest)
 
 
 def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, gate, y, *parameters = inputs
-    ctx.has_gate = gate is not None
-    _keep_norm(ctx, x, y, output[2], tuple(parameters))
+    _, y, weight, bias, low, high, _, *ctx.options, _ = inputs
+    (new, _, statistics), ctx.y_dtype = output, y.dtype
+    ctx.clip_dtype, ctx.weight_dtype, ctx.has_bias = low.dtype, weight.dtype, bias is not None
+    ctx.save_for_backward(new, statistics, weight, bias, low, high)
 
 
 def _backward_of_add_norm(ctx: Any, d_new: Tensor, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dy, rest = _parameter_gradients(ctx, g, d_new)
-    return (None, dx, dy, *rest) if ctx.has_gate else (dx, None, dy, *rest)
+    new, *saved = ctx.saved_tensors
+    dx, dy, parameters, clips = _add_norm_backward(g, d_new, new, ctx.y_dtype, *saved, *ctx.options)
+    d_weight, d_bias = parameters.sum(1).to(ctx.weight_dtype).unbind()
+    return dx, dy, d_weight, d_bias if ctx.has_bias else None, *_clip_gradients(ctx, clips), *[None] * 7
 
 
 _add_norm_fake_quantize.register_autograd(_backward_of_add_norm, setup_context=_keep_add_norm)
 
 
-def norm_fake_quantize(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """x̂ of the norm of x [..., K], and the gate (see the module).
+def add_norm_fake_quantize(x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """x′ = x + y in the dtype of x, and x̂ of its norm, [..., K].
 
     Args:
         arguments: weight [K], bias [K] or None, low, high, eps, rms, bits, integer_zero_point, masked; the dtype to
             which the norm's value is rounded before the grid, and the dtype of x̂.
     """
-    x_hat, gate, _ = _norm_fake_quantize(x, *arguments)
-    return x_hat, gate
-
-
-def add_norm_fake_quantize(x: Tensor, gate: Tensor | None, y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """x′ = x + y in the dtype of x, and x̂ of its norm; ``arguments`` as for :func:`norm_fake_quantize`.
-
-    With a gate, the gradient of x goes there instead of to x.
-    """
-    new, x_hat, _ = _add_norm_fake_quantize(x, gate, y, *arguments)
+    new, x_hat, _ = _add_norm_fake_quantize(x, y, *arguments)
     return new, x_hat
 
 

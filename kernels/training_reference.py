@@ -112,9 +112,9 @@ def swiglu_backward(g: Tensor, h: Tensor, terms: Tensor, d_kappa: Tensor, first:
     return dh.to(h.dtype)
 
 
-def norm_fake_quantize(
+def add_norm_fake_quantize(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     low: Tensor,
@@ -126,8 +126,8 @@ def norm_fake_quantize(
     value_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x′ = x + y (x itself without y), x̂ of its norm in ``out_dtype``, and μ, 1/σ of the rows [2, M]."""
-    new = x if y is None else (_wide(x) + _wide(y)).to(x.dtype)
+    """x′ = x + y, x̂ of its norm in ``out_dtype``, and μ, 1/σ of the rows [2, M]."""
+    new = (_wide(x) + _wide(y)).to(x.dtype)
     wide = _wide(new)
     mean = torch.zeros_like(wide[..., 0]) if rms else wide.mean(-1)
     factor = ((wide - mean[..., None]).square().mean(-1) + eps).rsqrt()
@@ -137,11 +137,11 @@ def norm_fake_quantize(
     return new, x_hat, torch.stack([mean.flatten(), factor.flatten()])
 
 
-def norm_fake_quantize_backward(
+def add_norm_fake_quantize_backward(
     g: Tensor,
     d_new: Tensor,
-    x: Tensor,
-    y: Tensor | None,
+    new: Tensor,
+    y_dtype: torch.dtype,
     statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -153,8 +153,7 @@ def norm_fake_quantize_backward(
     masked: bool,
     value_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in the dtype of x, dy in that of y (empty without); dw and db [2, 1, K]; dc⁻, dc⁺ [2, 1]."""
-    new = x if y is None else (_wide(x) + _wide(y)).to(x.dtype)
+    """dx in the dtype of x′, dy in that of y; dw and db [2, 1, K]; dc⁻, dc⁺ [2, 1]."""
     mean, factor = statistics.view(2, *new.shape[:-1], 1)
     normed = (_wide(new) - mean) * factor
     value = normed * _wide(weight)
@@ -166,8 +165,7 @@ def norm_fake_quantize_backward(
     if not rms:
         dx = dx - weighted.mean(-1, keepdim=True)
     dx = dx * factor + _wide(d_new)
-    dy = x.new_empty(0) if y is None else dx.to(y.dtype, copy=True)
-    return dx.to(x.dtype), dy, parameters, clips
+    return dx.to(new.dtype), dx.to(y_dtype, copy=True), parameters, clips
 
 
 def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
 from lit_actreg.contracts import LossTerm
-from lit_actreg.quant.fused import fuses, gelu_linear, norm_linear, swiglu_linear, wide_norm
+from lit_actreg.quant.fused import gelu_linear, norm_linear, swiglu_linear, wide_norm
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
 
 
@@ -39,6 +39,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2).flatten(-2)
 
 
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """What a linear gives for x: under autocast its dtype."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class LayerCache(NamedTuple):
     """What one block remembers of the tokens read so far, for generation (:mod:`lit_actreg.generate`).
 
@@ -56,7 +62,11 @@ class LayerCache(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)): [B, T, D] → ([B, T, D], statistics [S])."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), of a residual stream in two terms, [B, T, D] each.
+
+    A block is given x and y, what the block before adds to it, and returns its own two and its statistics [S]. So the
+    next norm takes the sum, in the pass that reads it.
+    """
 
     def __init__(self, config: ModelConfig, quant: QuantConfig) -> None:
         super().__init__()
@@ -90,19 +100,20 @@ class Block(nn.Module):
         return y.transpose(1, 2).reshape(num_batch, num_tokens, c.width)
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        # norm → quantize → linear, activation → quantize → linear; the gate carries the residual's gradient (fused.py)
+        self, x_BTD: Tensor, y_BTD: Tensor | None, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        # add → norm → quantize → linear; activation → quantize → linear (fused.py)
         statistics: dict[tuple[int, Site], Tensor] = {}
-        x_BTD, gate, qkv = norm_linear(self.norm_1, self.qkv, x_BTD)
+        x_BTD, qkv = norm_linear(self.norm_1, self.qkv, x_BTD, y_BTD)
         attended = self.attn_proj(self.attend(self.look_at("qkv", qkv, statistics), cos, sin, cache))
         attended = self.look_at("attn_proj", attended, statistics)
-        x_BTD, _, hidden = norm_linear(self.norm_2, self.mlp_in, x_BTD, attended, gate)
-        y = self.project_activation(self.look_at("mlp_in", hidden, statistics), statistics)
-        x_BTD = x_BTD + self.look_at("mlp_proj", y, statistics)
+        x_BTD, hidden = norm_linear(self.norm_2, self.mlp_in, x_BTD, attended)
+        y_BTD = self.project_activation(self.look_at("mlp_in", hidden, statistics), statistics)
+        y_BTD = self.look_at("mlp_proj", y_BTD, statistics)
         if not self.loss_terms:
-            return x_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
-        return x_BTD, torch.stack([statistics[i, site] for i, t in enumerate(self.loss_terms) for site in t.sites])
+            return x_BTD, y_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
+        found = [statistics[i, site] for i, term in enumerate(self.loss_terms) for site in term.sites]
+        return x_BTD, y_BTD, torch.stack(found)
 
     @property
     def kurtosis_term(self) -> int | None:
@@ -122,8 +133,7 @@ class Block(nn.Module):
 
     def look_at(self, site: Site, y: Tensor, statistics: dict[tuple[int, Site], Tensor]) -> Tensor:
         """Notes the loss terms' statistics of a linear and its output; returns the y to go on with."""
-        # By attention, by the activation, and by the fused addition and norm; a plain addition keeps nothing.
-        kept = site in ("qkv", "mlp_in") or (site == "attn_proj" and fuses(self.mlp_in, y))
+        kept = site in ("qkv", "mlp_in")  # by attention, by the activation; an addition keeps nothing
         for i, term in enumerate(self.loss_terms):
             if site in term.sites and (site, i) != ("mlp_in", self.kurtosis_term):
                 y, statistics[i, site] = term.look_at(y, getattr(self, site).weight, kept)
@@ -188,15 +198,14 @@ class Decoder(nn.Module):
             return F.embedding(ids, self.embedding.weight.bfloat16())  # a cast of the table, not of every token
         return self.embedding(ids)
 
-    def end_stream(self, x_BTD: Tensor) -> Tensor:
-        """The final norm, and under autocast already the cast to what the head takes."""
-        hidden, device = wide_norm(self.norm, x_BTD), x_BTD.device.type
-        return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+    def end_stream(self, x_BTD: Tensor, y_BTD: Tensor | None) -> Tensor:
+        """Hidden states: the final norm of the sum, under autocast already in the dtype that the head takes."""
+        hidden = wide_norm(self.norm, x_BTD if y_BTD is None else x_BTD + y_BTD)
+        return hidden.to(linear_dtype(hidden))
 
-    def embed(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the blocks take: x [B, T, D] and the rotary cos and sin [T, E]."""
-        cos, sin = rotary_angles(ids.shape[1], self.config.head_width, self.config.rope_theta, ids.device)
-        return self.begin_stream(ids), cos, sin
+    def rotary(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, E] for ids [B, T] from the first position on."""
+        return rotary_angles(ids.shape[1], self.config.head_width, self.config.rope_theta, ids.device)
 
     def forward(
         self,
@@ -209,12 +218,15 @@ class Decoder(nn.Module):
         For generation, ``caches`` hold what each block has read before, and ``rotary`` the cos and sin [T, E] of where
         the ids stand.
         """
-        x, cos, sin = self.embed(ids) if rotary is None else (self.begin_stream(ids), *rotary)
+        cos, sin = rotary or self.rotary(ids)
+        x, y = self.begin_stream(ids), None
+        if caches is None:  # as the other blocks' y, so that the first one shares their compiled code
+            y = torch.zeros_like(x, dtype=linear_dtype(x), requires_grad=x.requires_grad)
         statistics = []
         for i, block in enumerate(self.blocks):
-            x, block_statistics = block(x, cos, sin) if caches is None else block(x, cos, sin, caches[i])
-            statistics.append(block_statistics)
-        return self.end_stream(x), torch.stack(statistics)
+            x, y, found = block(x, y, cos, sin) if caches is None else block(x, y, cos, sin, caches[i])
+            statistics.append(found)
+        return self.end_stream(x, y), torch.stack(statistics)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         return self.head(hidden_BTD)

@@ -45,7 +45,8 @@ class Int4Block(Block):
     The first three are static. Where the MLP projection's grids follow tokens, its activation and quantizer are kernels
     of their own.
 
-    It returns no statistics: the outputs they are taken of do not exist apart from the sums.
+    It leaves nothing to be added, and returns no statistics: the outputs they are taken of do not exist apart from the
+    sums.
     """
 
     def __init__(self, block: Block) -> None:
@@ -68,10 +69,11 @@ class Int4Block(Block):
         return all(linear.act_scale is not None for linear in linears[:3])
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x_BTD: Tensor, y_BTD: Tensor | None, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         if any(getattr(self, site)._forward_pre_hooks for site in SITES):  # who looks at inputs wants them as numbers
-            return super().forward(x_BTD, cos, sin, cache)
+            return super().forward(x_BTD, y_BTD, cos, sin, cache)
+        x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
         qkv_linear, attn_proj, mlp_in, mlp_proj = (cast(Int4Linear, getattr(self, site)) for site in SITES)
         norm_1, norm_2 = cast(nn.LayerNorm, self.norm_1), cast(nn.LayerNorm, self.norm_2)
         activation = "gelu" if self.config.style == "neox" else "swiglu"
@@ -89,4 +91,4 @@ class Int4Block(Block):
         else:
             codes = mlp_in.forward_norm(x_BTD, norm_2, activation, mlp_proj)
             x_BTD = mlp_proj.forward_codes(codes, x_BTD.dtype, residual=x_BTD)
-        return x_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
+        return x_BTD, None, x_BTD.new_zeros(0, dtype=torch.float32)

@@ -67,5 +67,5 @@ def test_clips_are_set_from_inputs_behind_the_grids_before_them():
     seen = {}
     for site in SITES:
         getattr(block, site).register_forward_pre_hook(lambda _, args, site=site: seen.update({site: args[0]}))
-    block(x_BTD, *model.embed(text_ids(2))[1:])
+    block(x_BTD, None, *model.rotary(text_ids(2)))
     assert clips == {site: (x.min().item(), x.max().item()) for site, x in seen.items()}

@@ -8,11 +8,11 @@ from quantizer_checks import DEVICE, on_device
 from torch.nn import functional
 
 EPS = 1e-5
-# stream, what is added to it (None: nothing), the norm's own output, x̂
+# stream, what is added to it, the norm's own output, x̂
 TYPES = [
     (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16),  # bfloat16 autocast
     (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),  # with the stream in bfloat16, too
-    (torch.float32, None, torch.float32, torch.float16),
+    (torch.float32, torch.float16, torch.float32, torch.float16),
     (torch.float32, torch.float32, torch.float32, torch.float32),
     (torch.float16, torch.float16, torch.float16, torch.float16),
     (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -28,13 +28,13 @@ def test_values_and_gradients(
     torch.manual_seed(0)
     columns = 131
     x = (torch.randn(3, 5, columns) * 2 + 0.5).to(x_dtype)
-    y = None if y_dtype is None else torch.randn(x.shape).to(y_dtype)
+    y = torch.randn(x.shape).to(y_dtype)
     weight, bias = torch.rand(columns) + 0.5, torch.randn(columns) if has_bias else None
     g, d_new = torch.randn(x.shape).to(out_dtype), torch.randn(x.shape).to(x_dtype)
 
     leaves = doubled(x, y, weight, bias, *clips())
     wide_x, wide_y, wide_weight, wide_bias, low, high = leaves
-    new = wide_x if wide_y is None else as_stored(wide_x + wide_y, x_dtype)
+    new = as_stored(wide_x + wide_y, x_dtype)
     if rms:
         value = functional.rms_norm(new, (columns,), wide_weight, EPS)
     else:
@@ -44,21 +44,19 @@ def test_values_and_gradients(
 
     poison(monkeypatch)
     x, y, weight, bias, g, d_new = on_device(x, y, weight, bias, g, d_new)
-    found_new, x_hat, statistics = norm_fake_quant.norm_fake_quantize(
+    found_new, x_hat, statistics = norm_fake_quant.add_norm_fake_quantize(
         x, y, weight, bias, *clips(), EPS, rms, bits, integer, value_dtype, out_dtype
     )
-    dx, dy, parameters, sums = norm_fake_quant.norm_fake_quantize_backward(
-        g, d_new, x, y, statistics, weight, bias, *clips(), rms, bits, integer, masked, value_dtype
+    dx, dy, parameters, sums = norm_fake_quant.add_norm_fake_quantize_backward(
+        g, d_new, found_new, y_dtype, statistics, weight, bias, *clips(), rms, bits, integer, masked, value_dtype
     )
-    assert (found_new.dtype, x_hat.dtype, dx.dtype) == (x_dtype, out_dtype, x_dtype)
+    assert (found_new.dtype, x_hat.dtype, dx.dtype, dy.dtype) == (x_dtype, out_dtype, x_dtype, y_dtype)
     assert_near(found_new, new.detach(), x_dtype)
     # The order of a row's sum is not PyTorch's: a value stored in few bits may be one unit off, and then its code one.
     loose = value_dtype if value_dtype != torch.float32 else out_dtype
     assert_near(x_hat, expected.detach(), loose)
     assert_near(dx, wide_x.grad, x_dtype, roundings=16)
-    if y is not None:
-        assert dy.dtype == y_dtype
-        assert_near(dy, wide_y.grad, y_dtype, roundings=16)
+    assert_near(dy, wide_y.grad, y_dtype, roundings=16)
     assert_near(parameters[0].sum(0), wide_weight.grad, value_dtype, roundings=16)
     if bias is not None:
         assert_near(parameters[1].sum(0), wide_bias.grad, value_dtype, roundings=16)
@@ -67,11 +65,12 @@ def test_values_and_gradients(
 
 
 def test_sums_do_not_depend_on_the_run():
-    x, g, d_new = torch.randn(3, 50, 96, device=DEVICE)
+    x, y, g, d_new = torch.randn(4, 50, 96, device=DEVICE)
     weight = torch.ones(96, device=DEVICE)
-    _, _, statistics = norm_fake_quant.norm_fake_quantize(
-        x, None, weight, None, *clips(), EPS, False, 4, True, torch.float32, torch.float32
+    new, _, statistics = norm_fake_quant.add_norm_fake_quantize(
+        x, y, weight, None, *clips(), EPS, False, 4, True, torch.float32, torch.float32
     )
-    arguments = (g, d_new, x, None, statistics, weight, None, *clips(), False, 4, True, True, torch.float32)
-    first, second = (norm_fake_quant.norm_fake_quantize_backward(*arguments) for _ in range(2))
+    rest = (torch.float32, statistics, weight, None, *clips(), False, 4, True, True, torch.float32)
+    arguments = (g, d_new, new, *rest)
+    first, second = (norm_fake_quant.add_norm_fake_quantize_backward(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

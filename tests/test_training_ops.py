@@ -1,4 +1,4 @@
-"""The training operators as PyTorch sees them: operator checks, the gate, float64 gradients, errors."""
+"""The training operators as PyTorch sees them: operator checks, float64 gradients, errors."""
 
 import importlib
 
@@ -31,9 +31,8 @@ def samples(looks=training_ops.NOWHERE):
         "swiglu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, True, *OPTIONS, *looks)),
         "swiglu alone": (training_ops.swiglu, (leaf(3, 32),)),
         "swiglu on tokens' grids": (training_ops._swiglu_fake_quantize_per_token, (leaf(3, 32), 4, 2, *looks)),
-        "norm": (training_ops._norm_fake_quantize, (leaf(3, 32), *norm)),
-        "add": (training_ops._add_norm_fake_quantize, (leaf(3, 32), None, leaf(3, 32), *rms)),
-        "add with gate": (training_ops._add_norm_fake_quantize, (leaf(3, 32), leaf(3, 32), leaf(3, 32), *norm)),
+        "norm": (training_ops._add_norm_fake_quantize, (leaf(3, 32), leaf(3, 32), *norm)),
+        "RMS norm": (training_ops._add_norm_fake_quantize, (leaf(3, 32), leaf(3, 32), *rms)),
     }
 
 
@@ -70,30 +69,27 @@ def test_inputs_need_not_be_contiguous(monkeypatch, name):
     torch.testing.assert_close(values_and_gradients(lambda a: a.mT.contiguous().mT), expected, rtol=rtol, atol=0)
 
 
-def test_the_gate_gets_the_gradient_and_costs_no_memory():
-    """Two norms on one stream: with the gate, x's whole gradient comes out of the first one's backward."""
+def test_a_norm_behind_another_in_float64():
+    """x′ goes on to the next one, and its whole gradient comes out of the first one's backward."""
     torch.manual_seed(0)
     x, y, weight, bias = (torch.randn(s, dtype=torch.float64) for s in [(4, 6, 16), (4, 6, 16), (16,), (16,)])
     target = torch.randn(4, 6, 16, dtype=torch.float64)
     low, high = clips(torch.float64, "cpu")
 
-    plain = doubled(x, y, weight, bias, low, high)
-    first = formula(functional.layer_norm(plain[0], (16,), *plain[2:4]), *plain[4:], *OPTIONS)
-    new = plain[0] + plain[1] * first
-    second = formula(functional.layer_norm(new, (16,), *plain[2:4]), *plain[4:], *OPTIONS)
-    ((second + new) * target).sum().backward()
+    def plain_norm(x, y, weight, bias, low, high):
+        return x + y, formula(functional.layer_norm(x + y, (16,), weight, bias), low, high, *OPTIONS)
 
-    fused = doubled(x, y, weight, bias, low, high)
-    rest = (*fused[2:], 1e-5, False, *OPTIONS, torch.float64, torch.float64)
-    first_hat, gate = training_ops.norm_fake_quantize(fused[0], *rest)
-    assert gate.stride() == (0, 0, 0)
-    assert not gate.any()
-    new, second_hat = training_ops.add_norm_fake_quantize(fused[0], gate, fused[1] * first_hat, *rest)
-    ((second_hat + new) * target).sum().backward()
+    def fused_norm(x, y, *rest):
+        return training_ops.add_norm_fake_quantize(x, y, *rest, 1e-5, False, *OPTIONS, torch.float64, torch.float64)
 
-    torch.testing.assert_close(second_hat, second)
-    for found, expected in zip(fused, plain, strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-10)
+    results = []
+    for norm in (plain_norm, fused_norm):
+        leaves = doubled(x, y, weight, bias, low, high)
+        new, first_hat = norm(*leaves)
+        new, second_hat = norm(new, leaves[1] * first_hat, *leaves[2:])
+        ((second_hat + new) * target).sum().backward()
+        results.append((second_hat.detach(), *(leaf.grad for leaf in leaves)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -170,8 +166,8 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="an even number"):
         training_ops.swiglu_fake_quantize(x[:, :3], low, high, *OPTIONS)
     with pytest.raises(ValueError, match="has no bias"):
-        training_ops.norm_fake_quantize(x, weight, weight, *rest)
+        training_ops.add_norm_fake_quantize(x, x, weight, weight, *rest)
     with pytest.raises(ValueError, match="must have shape"):
-        training_ops.norm_fake_quantize(x, weight[:3], None, *rest)
+        training_ops.add_norm_fake_quantize(x, x, weight[:3], None, *rest)
     with pytest.raises(ValueError, match="cannot be added"):
-        training_ops.add_norm_fake_quantize(x.bfloat16(), None, x, weight, None, *rest)
+        training_ops.add_norm_fake_quantize(x.bfloat16(), x, weight, None, *rest)

@@ -81,7 +81,8 @@ def _run(block: Block, x_BTD: Tensor, device: torch.device) -> Tensor:
     """The block's output for a batch of hidden states in host memory; what its hooks compute runs within, too."""
     cos, sin = rotary_angles(x_BTD.shape[1], block.config.head_width, block.config.rope_theta, device)
     with _tensor_cores(device):
-        return block(x_BTD.to(device, non_blocking=True), cos, sin)[0]
+        x_BTD, y_BTD, _ = block(x_BTD.to(device, non_blocking=True), None, cos, sin)
+        return x_BTD if y_BTD is None else x_BTD + y_BTD
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A linear with what stands before it, in one operator where that is possible: norm → quantize → linear.
+"""A linear with what stands before it, in one operator where that is possible: add → norm → quantize → linear.
 
 Every function here says what is computed twice: as the plain modules, and as the fused operator of
 :mod:`lit_actreg_kernels.training_ops` with the same values (codes are equal but for the last bit of a norm or an
@@ -34,24 +34,20 @@ def wide_norm(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 def norm_linear(
-    norm: nn.LayerNorm | nn.RMSNorm, linear: nn.Module, x: Tensor, y: Tensor | None = None, gate: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """x′ = x + y (x without y) and linear(norm(x′)): [..., K] → [..., K], gate, [..., N].
-
-    Args:
-        gate: What the norm before returned for this x: the gradient of x goes there (the operators' docstring).
-    """
+    norm: nn.LayerNorm | nn.RMSNorm, linear: nn.Module, x: Tensor, y: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """x′ = x + y (x itself without y) and linear(norm(x′)): [..., K] → [..., K], [..., N]."""
     if not fuses(linear, x):
-        if gate is not None:
-            x = x.detach() + gate
         x = x if y is None else x + y
-        return x, None, linear(wide_norm(norm, x))
+        return x, linear(wide_norm(norm, x))
     assert isinstance(linear, QuantLinear)
     quantizer = linear.input_quantizer
     value_dtype, out_dtype = x.dtype, x.dtype
     if torch.is_autocast_enabled(x.device.type):  # norms then give float32, which the linear casts
         value_dtype, out_dtype = torch.float32, torch.get_autocast_dtype(x.device.type)
-    arguments = (
+    x, x_hat = training_ops.add_norm_fake_quantize(
+        x,
+        torch.zeros_like(x) if y is None else y,
         norm.weight,
         getattr(norm, "bias", None),
         quantizer.low,
@@ -62,11 +58,7 @@ def norm_linear(
         value_dtype,
         out_dtype,
     )
-    if y is None:
-        x_hat, gate = training_ops.norm_fake_quantize(x, *arguments)
-        return x, gate, linear.project(x_hat)
-    x, x_hat = training_ops.add_norm_fake_quantize(x, gate, y, *arguments)
-    return x, None, linear.project(x_hat)
+    return x, linear.project(x_hat)
 
 
 def gelu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
