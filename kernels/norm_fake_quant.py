@@ -68,6 +68,11 @@ def _forward_kernel(
 
 
 @triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _backward_kernel(
     g_ptr,
     d_new_ptr,
@@ -105,7 +110,6 @@ def _backward_kernel(
         row = tl.cast(index, tl.int64)
         x = tl.load(new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)  # zero in the padding, as dv then is
-        d_new = tl.load(d_new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
         factor = tl.load(statistics_ptr + num_rows + row)
         if not RMS:
             x -= tl.load(statistics_ptr + row)
@@ -118,12 +122,15 @@ def _backward_kernel(
         sum_low += d_low
         sum_high += d_high
         sum_weight += dv * normed
-        sum_bias += dv
+        if HAS_BIAS:
+            sum_bias += dv
         weighted = dv * weight
-        dx = weighted - normed * (tl.sum(weighted * normed, 0) / K)
-        if not RMS:
-            dx -= tl.sum(weighted, 0) / K
-        dx = dx * factor + d_new
+        if RMS:
+            dx = weighted - normed * (tl.sum(weighted * normed, 0) / K)
+        else:  # both sums at once; one after the other they take more registers than four programs have
+            along, total = tl.reduce((weighted * normed, weighted), 0, _add_pairs)
+            dx = weighted - normed * (along / K) - total / K
+        dx = dx * factor + tl.load(d_new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * K + k, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         tl.store(dy_ptr + row * K + k, dx.to(dy_ptr.dtype.element_ty), mask=inside)
     store_clip_sums(clips_ptr, sum_low, sum_high)

@@ -7,7 +7,12 @@ Without a GPU the kernels run in Triton's interpreter, which truncates to bfloat
 last place, ``eps``, where half of one is right. Outputs start as NaN (:func:`poison`), so what a kernel forgets shows.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +92,45 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", fill(torch.Tensor.new_empty))
+
+
+COMPILE = """
+import importlib, json, subprocess, sys, tempfile, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+module, types, variants, num_warps = json.loads(sys.argv[1])
+kernel = importlib.import_module(f"lit_actreg_kernels.{module}")._backward_kernel
+for variant in variants:
+    constants = {n: getattr(tl, value) if isinstance(value, str) else value for n, value in variant.items()}
+    signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants}
+    source = ASTSource(kernel, signature, constants, aligned)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}).asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(90).path, "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    print(said.partition("Used ")[2].partition(" registers")[0])
+"""
+
+
+def programs_at_once(module: str, types: dict, variants: list[dict], num_warps: int, cache: Path) -> list[int]:
+    """For how many programs of a module's ``_backward_kernel`` a multiprocessor of sm_90 has registers: 65,536.
+
+    One more than run at once is a second wave, and up to twice the time.
+
+    Args:
+        types: Triton's of the arguments that are no float32 pointers.
+        variants: Values of the constants; dtypes by name.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, json.dumps([module, types, variants, num_warps])]
+    environment |= {"TRITON_CACHE_DIR": str(cache)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    registers = [int(line) for line in result.stdout.split()]
+    assert len(registers) == len(variants)
+    return [65536 // (32 * num_warps * (-(-num // 8) * 8)) for num in registers]  # a thread has a multiple of 8

@@ -1,12 +1,18 @@
 """GELU and SwiGLU fused with the fake quantizer, against float64 autograd of the two after each other."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from fake_quant_checks import GRIDS, as_stored, assert_near, assert_sum_near, clips, doubled, formula, poison
+from fake_quant_checks import (
+    GRIDS,
+    as_stored,
+    assert_near,
+    assert_sum_near,
+    clips,
+    doubled,
+    formula,
+    poison,
+    programs_at_once,
+)
 from lit_actreg_kernels import gelu_fake_quant
 from quantizer_checks import DEVICE, DTYPES
 from torch.nn import functional
@@ -58,41 +64,11 @@ def test_sums_do_not_depend_on_the_run():
     assert torch.equal(runs[0][1], runs[1][1])
 
 
-COMPILE = """
-import subprocess, tempfile, triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
-from lit_actreg_kernels.gelu_fake_quant import _BLOCK, _backward_kernel as kernel
-types = dict.fromkeys(["g_ptr", "h_ptr", "dh_ptr"], "*bf16")
-types |= dict.fromkeys(["num_rows", "H", "num_looked_at", "T"], "i32")
-grid = dict(Q_MIN=-8, Q_MAX=7, INTEGER=True, MASKED=True, BLOCK=_BLOCK)
-for gated in (False, True):
-    for step in (0, 4):
-        constants = dict(FIRST=step // 2, STEP=step, GATED=gated) | grid
-        signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants}
-        source = ASTSource(kernel, signature, constants, aligned)
-        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(ptx)
-            file.flush()
-            command = [get_ptxas(90).path, "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        print(step, said.partition("Used ")[2].partition(" registers")[0])
-"""
-
-
 def test_all_programs_of_the_backward_pass_run_at_once(tmp_path):
-    """On a multiprocessor with 65,536 registers; one program too many would be a second wave, and twice the time."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    found = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
-    assert len(found) == 4
-    for step, registers in found:
-        module = gelu_fake_quant
-        programs = module._PROGRAMS_WITH_KURTOSIS if step else module._PROGRAMS_PER_PROCESSOR
-        allocated = 128 * (-(-registers // 8) * 8)  # four warps; a thread has a multiple of 8
-        assert programs * allocated <= 65536, (step, registers)
+    types = dict.fromkeys(["g_ptr", "h_ptr", "dh_ptr"], "*bf16")
+    types |= dict.fromkeys(["num_rows", "H", "num_looked_at", "T"], "i32")
+    grid = {"Q_MIN": -8, "Q_MAX": 7, "INTEGER": True, "MASKED": True, "BLOCK": gelu_fake_quant._BLOCK}
+    variants = [grid | {"GATED": g, "FIRST": step // 2, "STEP": step} for g in (False, True) for step in (0, 4)]
+    for variant, num in zip(variants, programs_at_once("gelu_fake_quant", types, variants, 4, tmp_path), strict=True):
+        step, module = variant["STEP"], gelu_fake_quant
+        assert num >= (module._PROGRAMS_WITH_KURTOSIS if step else module._PROGRAMS_PER_PROCESSOR), variant

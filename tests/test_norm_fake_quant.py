@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from fake_quant_checks import GRIDS, as_stored, assert_near, assert_sum_near, clips, doubled, formula, poison
+from fake_quant_checks import (
+    GRIDS,
+    as_stored,
+    assert_near,
+    assert_sum_near,
+    clips,
+    doubled,
+    formula,
+    poison,
+    programs_at_once,
+)
 from lit_actreg_kernels import norm_fake_quant
 from quantizer_checks import DEVICE, on_device
 from torch.nn import functional
@@ -74,3 +84,15 @@ def test_sums_do_not_depend_on_the_run():
     arguments = (g, d_new, new, *rest)
     first, second = (norm_fake_quant.add_norm_fake_quantize_backward(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_all_programs_of_the_backward_pass_run_at_once(tmp_path):
+    """Of rows of 1,024; longer ones take more registers, and two waves that are full."""
+    module = norm_fake_quant
+    narrow, wide = ["g_ptr", "dy_ptr"], ["new_ptr", "d_new_ptr", "dx_ptr"]
+    grid = {"Q_MIN": -8, "Q_MAX": 7, "INTEGER": True, "MASKED": True, "VALUE_DTYPE": "float32"}
+    variants = [grid | {"RMS": r, "HAS_BIAS": not r, "BLOCK_K": 1024, "STAGES": module._STAGES} for r in (False, True)]
+    for stream in ("*fp32", "*bf16"):
+        types = dict.fromkeys(narrow, "*bf16") | dict.fromkeys(wide, stream) | {"num_rows": "i32", "K": "i32"}
+        found = programs_at_once("norm_fake_quant", types, variants, module._num_warps(1024), tmp_path)
+        assert min(found) >= module._PROGRAMS_PER_PROCESSOR, (stream, found)
