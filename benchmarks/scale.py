@@ -3,8 +3,8 @@
     python benchmarks/scale.py configs/fit_1b.yaml [--tokens 20e9] [--mfu 0.4] [--peak 989.4]
 
 Needs no GPU: parameters are counted on the meta device, and what a block keeps for its backward pass is counted on the
-CPU, as storages that autograd saves, for one and two sequences of 128 tokens; the difference is per sequence, and with
-flash attention proportional to its tokens. A GPU's kernels may save a little less or more (the compiler's choice of
+CPU, as storages that autograd saves, for one and two sequences of 128 tokens through one and two blocks; the difference
+is a block's per sequence, and with flash attention proportional to its tokens. A GPU's kernels may save a little less or more (the compiler's choice of
 what to compute again), so this is an estimate, to be checked with the first steps' peak memory.
 """
 
@@ -24,8 +24,8 @@ from lit_actreg.quant.statistics import token_kurtosis
 GIB, PROBE_TOKENS = 2**30, 128
 
 
-def saved_bytes(block: Block, num_sequences: int) -> int:
-    """Bytes that autograd keeps of one block's forward pass, in bf16 autocast; its own parameters aside."""
+def saved_bytes(block: Block, num_sequences: int, num_blocks: int) -> int:
+    """Bytes that autograd keeps of so many blocks' forward pass, in bf16 autocast; their parameters aside."""
     config, storages = block.config, {}
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
 
@@ -39,12 +39,13 @@ def saved_bytes(block: Block, num_sequences: int) -> int:
     x = torch.randn(num_sequences, PROBE_TOKENS, config.width, requires_grad=True)
     y = torch.zeros_like(x, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        block(x, y, *angles)
+        for _ in range(num_blocks):
+            x, y, _ = block(x, y, *angles)
     return sum(size for size, _ in storages.values())
 
 
 def bytes_per_token(config: ModelConfig, quant: QuantConfig, penalized: bool, compiled: bool) -> float:
-    """What one more token adds to a block's saved activations."""
+    """What one more token adds to what is saved for one more block."""
     block = Block(config, quant)
     for site in SITES:
         getattr(block, site).input_quantizer.fused = True  # as on a GPU
@@ -53,7 +54,8 @@ def bytes_per_token(config: ModelConfig, quant: QuantConfig, penalized: bool, co
         block.loss_terms = (LossTerm(token_kurtosis, callback.sites, every_nth_token=callback.every_nth_token),)
     if compiled:
         block.compile(fullgraph=True, dynamic=False)
-    return (saved_bytes(block, 2) - saved_bytes(block, 1)) / PROBE_TOKENS
+    found = {(n, m): saved_bytes(block, n, m) for n in (1, 2) for m in (1, 2)}
+    return (found[2, 2] - found[2, 1] - found[1, 2] + found[1, 1]) / PROBE_TOKENS
 
 
 def main() -> None:
