@@ -136,11 +136,14 @@ SMALL = Tile(64, 64, 128, 4, 4)
         (256, 4096, 2048, True, replace(SMALL, hopper=True)),  # 64 of them
         (256, 4096, 2048, False, SMALL),
         (100, 33, 16, False, SMALL),
-        (64, 8192, 4096, True, Tile(64, 64, 128, 4, 8, hopper=True)),
+        (64, 8192, 4096, True, Tile(64, 64, 128, 4, 6, hopper=True)),
         (64, 4096, 2048, True, Tile(64, 64, 128, 4, 6, split_k=2, hopper=True)),
         (64, 11008, 2048, True, Tile(64, 64, 128, 4, 4, hopper=True)),
         (32, 11008, 2048, True, Tile(32, 64, 256, 4, 3, hopper=True)),
-        (16, 8192, 4096, True, Tile(16, 64, 256, 4, 4, split_k=2, hopper=True)),
+        (32, 8192, 4096, True, Tile(32, 64, 256, 4, 4, hopper=True)),
+        (16, 11008, 2048, True, Tile(16, 64, 256, 4, 4, hopper=True)),
+        (16, 8192, 4096, True, Tile(16, 64, 256, 4, 6, hopper=True)),
+        (16, 6080, 4096, True, Tile(16, 64, 256, 4, 4, split_k=2, hopper=True)),  # 95 tiles
         (2, 1024, 4096, True, Tile(16, 64, 256, 4, 4, split_k=4, hopper=True)),
         (64, 8192, 4096, False, Tile(64, 64, 128, 4, 4, split_k=2)),
         (64, 4096, 2048, False, Tile(64, 64, 128, 4, 4, split_k=2)),
