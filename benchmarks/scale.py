@@ -4,8 +4,9 @@
 
 Needs no GPU: parameters are counted on the meta device, and what a block keeps for its backward pass is counted on the
 CPU, as storages that autograd saves, for one and two sequences of 128 tokens through one and two blocks; the difference
-is a block's per sequence, and with flash attention proportional to its tokens. A GPU's kernels may save a little less or more (the compiler's choice of
-what to compute again), so this is an estimate, to be checked with the first steps' peak memory.
+is a block's per sequence, and with flash attention proportional to its tokens. A GPU's kernels may save a little less
+or more (the compiler's choice of what to compute again), so this is an estimate, to be checked with the first steps'
+peak memory.
 """
 
 import argparse

@@ -134,8 +134,8 @@ def choose_tile(num_tokens: int, num_outputs: int, num_bytes: int, hopper: bool)
 def choose_decode_tile(num_tokens: int, num_outputs: int, num_bytes: int) -> Tile:
     """The tile of :mod:`.int4_hopper_decode` for 2 to 64 tokens.
 
-    Two programs share a multiprocessor, with 96 KB of buffers each, where there are more than 132 tiles, or so few of
-    16 tokens that K is split; else one program has 128 or 144 KB.
+    Two programs share a multiprocessor, with 96 KB of buffers each, where there are more than 132 tiles, or, up to 16
+    tokens, fewer than 96, of which K is split; else one program has 128 or 144 KB.
     """
     num_tiles = triton.cdiv(num_outputs, 64)
     shared = num_tiles > 132 or (num_tokens <= 16 and num_tiles < 96)
@@ -157,8 +157,8 @@ def split_for(num_tiles: int, num_bytes: int, num_programs: int) -> int:
 def fuses_quantization(x: Tensor, packed: Tensor, num_groups: int) -> bool:
     """Whether the linear quantizes its own input: every program does all of it, so for one token only.
 
-    With a quantizer of its own it takes 5.6 instead of 4.3 µs at 4096², 11.3 instead of 10.1 at (11008, 4096), 15.0
-    instead of 13.9 at 8192² (benchmarks/results/decode_h100_2026-11-28.csv).
+    With a quantizer of its own it takes 4.9 instead of 4.3 µs at 4096², 10.8 instead of 10.0 at (11008, 4096), 14.6
+    instead of 13.8 at 8192² (benchmarks/results/decode_linear_h100_2026-11-28.csv).
     """
     return gemv_serves(x.shape[0], packed, num_groups)
 

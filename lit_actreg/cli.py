@@ -90,7 +90,8 @@ class ActRegCLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         hidden = given.get("enable_progress_bar") is False or given.get("barebones")
         if self.subcommand == "fit" and not hidden and not any(isinstance(c, ProgressBar) for c in callbacks):
-            kwargs["callbacks"] = [*callbacks, TQDMProgressBar(given.get("log_every_n_steps") or 50)]
+            batches = (given.get("log_every_n_steps") or 50) * (given.get("accumulate_grad_batches") or 1)
+            kwargs["callbacks"] = [*callbacks, TQDMProgressBar(batches)]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:

@@ -10,7 +10,7 @@ Shapes: B sequences, T tokens, D width, H heads, K/V heads G, head width E, voca
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,10 @@ class Block(nn.Module):
         found = [statistics[i, site] for i, term in enumerate(self.loss_terms) for site in term.sites]
         return x_BTD, y_BTD, torch.stack(found)
 
+    def nothing_to_add(self, x_BTD: Tensor) -> Tensor | None:
+        """The y of the first block: zeros like the y of the others, so that it shares their compiled code."""
+        return torch.zeros_like(x_BTD, dtype=linear_dtype(x_BTD), requires_grad=x_BTD.requires_grad)
+
     @property
     def kurtosis_term(self) -> int | None:
         """The loss term whose statistic of the MLP's hidden values the activation's operator computes, if one does."""
@@ -194,9 +198,8 @@ class Decoder(nn.Module):
 
     def begin_stream(self, ids: Tensor) -> Tensor:
         """The residual stream before the first block, [B, T, D]; the blocks keep its dtype."""
-        if self.bfloat16_stream and torch.is_autocast_enabled(ids.device.type):
-            return F.embedding(ids, self.embedding.weight.bfloat16())  # a cast of the table, not of every token
-        return self.embedding(ids)
+        x: Tensor = self.embedding(ids)
+        return x.bfloat16() if self.bfloat16_stream and torch.is_autocast_enabled(ids.device.type) else x
 
     def end_stream(self, x_BTD: Tensor, y_BTD: Tensor | None) -> Tensor:
         """Hidden states: the final norm of the sum, under autocast already in the dtype that the head takes."""
@@ -219,9 +222,8 @@ class Decoder(nn.Module):
         the ids stand.
         """
         cos, sin = rotary or self.rotary(ids)
-        x, y = self.begin_stream(ids), None
-        if caches is None:  # as the other blocks' y, so that the first one shares their compiled code
-            y = torch.zeros_like(x, dtype=linear_dtype(x), requires_grad=x.requires_grad)
+        x = self.begin_stream(ids)
+        y = cast(Block, self.blocks[0]).nothing_to_add(x)
         statistics = []
         for i, block in enumerate(self.blocks):
             x, y, found = block(x, y, cos, sin) if caches is None else block(x, y, cos, sin, caches[i])

@@ -59,7 +59,7 @@ class LitLanguageModel(LightningModule):
         init_from: Checkpoint whose weights and shape are used instead of new ones: a .ckpt of a fit (clips included),
             an unquantized Hugging Face checkpoint of GPT-NeoX or Llama, or (not in a fit) what `quantize` wrote.
         activation_checkpointing: Recompute every block in the backward pass: less memory, up to a third more time.
-        compile: Compile every block (and the loss) with torch.compile.
+        compile: Compile every block (and the final norm and the loss) with torch.compile.
         bfloat16_stream: Keep the residual stream and its gradient in bfloat16 instead of float32, for a fit at
             bf16-mixed: fewer bytes a step, less memory.
         new_tokens: Tokens that `predict` generates after each prompt. Text longer than the shape's context goes on from
@@ -96,7 +96,7 @@ class LitLanguageModel(LightningModule):
         self.activation_checkpointing, self.bfloat16_stream = activation_checkpointing, bfloat16_stream
         self.new_tokens, self.temperature = new_tokens, temperature
         self.loss_terms: dict[str, LossTerm] = {}
-        self._loss_to_log: Tensor | None = None
+        self._losses_to_log: list[Tensor] = []
         self.clips_are_scheduled = False
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.cross_entropy = next_token_loss
@@ -187,18 +187,21 @@ class LitLanguageModel(LightningModule):
                 self.log(f"{name}/penalty", penalty.detach())
                 for site, value in zip(term.sites, values.detach().mean(0), strict=True):
                     self.log(f"{name}/{site}", value)
-        self._loss_to_log = cross_entropy.detach().clone() if self.logs_now else None
+        if self.logs_now:
+            self._losses_to_log.append(cross_entropy.detach())
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        """Logs the loss of a step that loggers take, the mean over ranks.
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Logs, of a step that loggers take, the loss, the mean over its batches and over ranks.
 
-        As a tensor of the host: of what it shows on the progress bar Lightning reads the last value again after every
-        batch, and would wait for the device in each.
+        As a tensor of the host: of what the progress bar shows Lightning reads the last value again after every batch,
+        and would wait for the device in each. Who monitors ``train/loss`` finds it from the first such step on.
         """
-        if self._loss_to_log is not None and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log("train/loss", mean_over_ranks(self._loss_to_log).cpu(), prog_bar=True)
-            self._loss_to_log = None
+        super().optimizer_step(*args, **kwargs)
+        if self._losses_to_log:
+            loss = mean_over_ranks(torch.stack(self._losses_to_log).mean())
+            self.log("train/loss", loss.cpu(), prog_bar=True)
+            self._losses_to_log = []
 
     def _evaluate(self, batch: Tensor, metric: MeanMetric) -> None:
         targets = batch[:, 1:]
@@ -273,6 +276,7 @@ class LitLanguageModel(LightningModule):
 
     def on_train_start(self) -> None:
         """What ``optim`` says now holds, also where an optimizer came with a checkpoint and its own rates."""
+        self._losses_to_log = []
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)

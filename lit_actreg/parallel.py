@@ -1,7 +1,7 @@
 """How a built decoder is made to fit and made fast, one function a technique, in the order that works:
 
 1. :func:`checkpoint_blocks`: recompute a block's activations in the backward pass rather than keep them;
-2. :func:`compile_blocks`: one graph a block, the checkpointing inside it;
+2. :func:`compile_blocks`: one graph a block, the checkpointing inside it, and one of the final norm;
 3. :func:`shard`: split parameters, gradients and optimizer states over the ranks (FSDP2), around the compiled blocks.
 
 Each works in place on the blocks, so that parameter names, checkpoints and what stands at ``model.blocks[i]`` stay as
@@ -9,6 +9,7 @@ they are. The LightningModule itself is never compiled: ``self.log`` does not su
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -42,13 +43,15 @@ def checkpoint_blocks(model: Decoder) -> None:
 def compile_blocks(model: Decoder) -> None:
     """Compiles every block as one graph each, which share the compiled code, and the final norm.
 
-    Under DistributedDataParallel, too: its own optimizer would cut a block's graph wherever a bucket of gradients is
-    full, so that their reduction begins before the graph's end. With many blocks it begins early enough.
+    Under DistributedDataParallel, too: its own optimizer, which is switched off for the whole process, would cut a
+    block's graph wherever a bucket of gradients is full, so that their reduction begins before the graph's end. With
+    many blocks it begins early enough.
     """
-    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.optimize_ddp = False  # asked for when a graph is traced, with no option of `compile` for it
     for block in model.blocks:
         block.compile(fullgraph=True)
-    model.end_stream = torch.compile(model.end_stream, fullgraph=True)  # type: ignore[method-assign]
+    compiled = torch.compile(type(model).end_stream, fullgraph=True)
+    model.end_stream = MethodType(compiled, model)  # type: ignore[method-assign]  # a copy's is the copy's
 
 
 def shard(model: Decoder, mesh: DeviceMesh) -> None:

@@ -68,6 +68,9 @@ class Int4Block(Block):
             return False
         return all(linear.act_scale is not None for linear in linears[:3])
 
+    def nothing_to_add(self, x_BTD: Tensor) -> None:
+        """None, as the y of the blocks behind it."""
+
     def forward(
         self, x_BTD: Tensor, y_BTD: Tensor | None, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -5,12 +5,14 @@ import torch
 from lit_actreg_plugins.rtn import RTN
 from lit_actreg_plugins.w4a4_precision import W4A4Precision
 from small_models import VOCAB_SIZE, small_decoder, text_ids
+from torch.nn import Module
 
 from lit_actreg import generate as generation
 from lit_actreg.artifact import read_artifact
 from lit_actreg.config import QuantConfig
 from lit_actreg.generate import Continuation, generate, sample, window_start
-from lit_actreg.model import LayerCache, rotary_angles
+from lit_actreg.model import Block, LayerCache, rotary_angles
+from lit_actreg.parallel import compile_blocks
 from lit_actreg.quantize import quantize_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +103,19 @@ def test_sampling_is_repeated_by_a_seed():
     torch.manual_seed(3)
     assert torch.equal(generate(model, ids, 30, temperature=1.0), first)
     assert first.max() < VOCAB_SIZE
+
+
+def test_a_compiled_model_that_was_trained_generates_from_prompts_of_any_length(monkeypatch):
+    """Blocks share what is compiled; Dynamo gives up where a function takes more than eight forms."""
+    monkeypatch.setattr(Block, "compile", lambda block, **options: Module.compile(block, backend="eager", **options))
+    torch._dynamo.reset()
+    model = small_decoder("neox").requires_grad_()
+    compile_blocks(model)
+    model(text_ids(2, 16))[0].sum().backward()
+    with torch.no_grad():
+        model(text_ids(2, 16))
+    for length in (5, 9, 3):
+        assert generate(model, text_ids(1, length), 4).shape == (1, length + 4)
 
 
 def test_the_cache_is_as_long_as_what_is_read():

@@ -219,6 +219,7 @@ def fit(
         "monitor": monitor.state_dict(),
         "clip": list(engine.logger.of("clips_high_qkv/01").values()),
         "gradient_norm": list(engine.logger.of("train/gradient_norm").values()),
+        "logged": list(engine.logger.of("train/loss").values()),
         "perplexity": engine.callback_metrics["val/perplexity"].item(),
     }
 
@@ -250,7 +251,8 @@ def assert_same_training(found: dict, expected: dict) -> None:
     close(found["losses"], expected["losses"], rtol=0, atol=1e-8)
     for name, values in expected["parameters"].items():
         close(found["parameters"][name], values, rtol=0, atol=1e-7, msg=lambda text, n=name: n + text)
-    # What is logged is float32.
+    # What is logged is float32, and the loss the mean over ranks and accumulated batches, without penalties.
+    close(found["logged"], expected["logged"], rtol=1e-6, atol=0)
     close(found["gradient_norm"], expected["gradient_norm"], rtol=1e-6, atol=0)
     close(found["clip"], expected["clip"], rtol=1e-6, atol=0)
     close(found["perplexity"], expected["perplexity"], rtol=1e-6, atol=0)
