@@ -1,9 +1,9 @@
 """The decoder: embeddings, pre-norm blocks of one of two styles, a final norm and the LM head. No Lightning in here.
 
-A block has four linears, named by their input site (in order "qkv", "attn_proj", "mlp_in", "mlp_proj"), and returns
-its output with a small vector of statistics of those linears' outputs or weights, one number per loss term and site.
-Returning them, rather than collecting them in hooks, is what stays right under torch.compile, activation checkpointing
-and FSDP2 alike.
+A block has four linears, named by their input site (in order "qkv", "attn_proj", "mlp_in", "mlp_proj"). It returns the
+residual stream, in two terms, and a small vector of statistics of its linears' outputs or weights, one number per loss
+term and site. Returning them, rather than collecting them in hooks, is what stays right under torch.compile, activation
+checkpointing and FSDP2 alike.
 
 Shapes: B sequences, T tokens, D width, H heads, K/V heads G, head width E, vocabulary V.
 """
@@ -40,7 +40,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
-    """What a linear gives for x: under autocast its dtype."""
+    """Of what a linear gives for x: autocast's dtype, or x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -62,10 +62,11 @@ class LayerCache(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), of a residual stream in two terms, [B, T, D] each.
+    """One pre-norm block: x ← x + attention(norm(x)), then x ← x + MLP(norm(x)).
 
-    A block is given x and y, what the block before adds to it, and returns its own two and its statistics [S]. So the
-    next norm takes the sum, in the pass that reads it.
+    The residual stream goes from block to block as two tensors x and y, [B, T, D] each, whose sum it is: y is what the
+    MLP before gave, not yet added. So every addition is done by the norm behind it, in the pass that reads the sum
+    (:func:`norm_linear`). y is None where nothing is left to add. Returns x, y and the statistics [S].
     """
 
     def __init__(self, config: ModelConfig, quant: QuantConfig) -> None:
@@ -116,7 +117,10 @@ class Block(nn.Module):
         return x_BTD, y_BTD, torch.stack(found)
 
     def nothing_to_add(self, x_BTD: Tensor) -> Tensor | None:
-        """The y of the first block: zeros like the y of the others, so that it shares their compiled code."""
+        """The y of the first block: zeros, with the dtype and the ``requires_grad`` of the other blocks' y.
+
+        So the first block runs their compiled code, too. Nobody uses the gradient.
+        """
         return torch.zeros_like(x_BTD, dtype=linear_dtype(x_BTD), requires_grad=x_BTD.requires_grad)
 
     @property

@@ -8,7 +8,6 @@ Each works in place on the blocks, so that parameter names, checkpoints and what
 they are. The LightningModule itself is never compiled: ``self.log`` does not survive it.
 """
 
-from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_actreg.model import Decoder
+from lit_actreg.model import Block, Decoder
 
 
 def checkpoint_blocks(model: Decoder) -> None:
@@ -30,14 +29,11 @@ def checkpoint_blocks(model: Decoder) -> None:
     is computed again too, and enters the loss once.
     """
 
-    def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Tensor) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
-
-        return run
+    def run(block: Block, *args: Tensor | None) -> Any:
+        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False)
 
     for block in model.blocks:
-        block.forward = checkpointed(block.forward)
+        block.forward = MethodType(run, block)
 
 
 def compile_blocks(model: Decoder) -> None:
@@ -47,11 +43,14 @@ def compile_blocks(model: Decoder) -> None:
     block's graph wherever a bucket of gradients is full, so that their reduction begins before the graph's end. With
     many blocks it begins early enough.
     """
-    torch._dynamo.config.optimize_ddp = False  # asked for when a graph is traced, with no option of `compile` for it
+    config = torch._dynamo.config  # asked when a graph is traced
+    config.optimize_ddp = False
+    # Of a block's forms: training, validation, reading a prompt, generating, each of batches of one and of other sizes
+    config.recompile_limit = max(32, config.recompile_limit)
     for block in model.blocks:
         block.compile(fullgraph=True)
     compiled = torch.compile(type(model).end_stream, fullgraph=True)
-    model.end_stream = MethodType(compiled, model)  # type: ignore[method-assign]  # a copy's is the copy's
+    model.end_stream = MethodType(compiled, model)  # type: ignore[method-assign]  # a deep copy's is its own
 
 
 def shard(model: Decoder, mesh: DeviceMesh) -> None:

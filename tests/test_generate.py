@@ -10,9 +10,11 @@ from torch.nn import Module
 from lit_actreg import generate as generation
 from lit_actreg.artifact import read_artifact
 from lit_actreg.config import QuantConfig
+from lit_actreg.contracts import LossTerm
 from lit_actreg.generate import Continuation, generate, sample, window_start
 from lit_actreg.model import Block, LayerCache, rotary_angles
 from lit_actreg.parallel import compile_blocks
+from lit_actreg.quant.statistics import token_kurtosis
 from lit_actreg.quantize import quantize_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,9 +113,13 @@ def test_a_compiled_model_that_was_trained_generates_from_prompts_of_any_length(
     torch._dynamo.reset()
     model = small_decoder("neox").requires_grad_()
     compile_blocks(model)
+    with torch.no_grad():
+        model(text_ids(2, 16))
+    model.set_loss_terms((LossTerm(token_kurtosis, every_nth_token=4),))
     model(text_ids(2, 16))[0].sum().backward()
     with torch.no_grad():
         model(text_ids(2, 16))
+        model(text_ids(1, 16))
     for length in (5, 9, 3):
         assert generate(model, text_ids(1, length), 4).shape == (1, length + 4)
 

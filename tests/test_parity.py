@@ -126,7 +126,8 @@ def test_gradients_are_the_formulas(style, engine):
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: n + text)
 
 
-def test_ddp_leaves_a_compiled_block_whole(monkeypatch):
+@pytest.mark.parametrize("autocast", [None, "float32 stream", "bfloat16 stream"])
+def test_blocks_share_one_graph_that_ddp_leaves_whole(monkeypatch, autocast):
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -137,12 +138,15 @@ def test_ddp_leaves_a_compiled_block_whole(monkeypatch):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = Decoder(ModelConfig(num_layers=2, width=512, num_heads=2), QuantConfig(), 256)  # 12 MiB a block
+        model.bfloat16_stream = autocast == "bfloat16 stream"
         compile_blocks(model)
-        hidden, _ = DistributedDataParallel(model)(text_ids(1, 8))
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+            hidden, _ = DistributedDataParallel(model)(text_ids(1, 8))
         hidden.sum().backward()
     finally:
         torch.distributed.destroy_process_group()
-    assert len(graphs) == 1  # of both blocks
+    assert len(graphs) == 1
 
 
 class TakesSigterm(Callback):

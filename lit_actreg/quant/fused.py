@@ -36,7 +36,7 @@ def wide_norm(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
 def norm_linear(
     norm: nn.LayerNorm | nn.RMSNorm, linear: nn.Module, x: Tensor, y: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """x′ = x + y (x itself without y) and linear(norm(x′)): [..., K] → [..., K], [..., N]."""
+    """x′ = x + y (None: zero) and linear(norm(x′)): [..., K] → [..., K], [..., N]."""
     if not fuses(linear, x):
         x = x if y is None else x + y
         return x, linear(wide_norm(norm, x))
