@@ -27,7 +27,7 @@ from lit_actreg.contracts import LossTerm, Regularizer
 from lit_actreg.data.packed import IGNORE
 from lit_actreg.generate import generate
 from lit_actreg.huggingface import load_huggingface
-from lit_actreg.model import Decoder
+from lit_actreg.model import Decoder, linear_dtype
 from lit_actreg.parallel import checkpoint_blocks, compile_blocks, mean_over_ranks, shard, whole
 
 
@@ -39,9 +39,8 @@ def next_token_loss(head: nn.Linear, hidden_BTD: Tensor, targets_BT: Tensor) -> 
     hooked = head._forward_hooks or head._forward_pre_hooks
     plain = type(head) is nn.Linear and head.bias is None and not hooked
     if plain and hidden_BTD.is_cuda and hidden_BTD.dtype != torch.float64:
-        if torch.is_autocast_enabled("cuda"):
-            hidden_BTD = hidden_BTD.to(torch.get_autocast_dtype("cuda"))
-        return linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, targets_BT.flatten(), IGNORE)
+        hidden_TD = hidden_BTD.to(linear_dtype(hidden_BTD)).flatten(0, 1)
+        return linear_cross_entropy(hidden_TD, head.weight, targets_BT.flatten(), IGNORE)
     logits = head(hidden_BTD)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE)
