@@ -72,10 +72,11 @@ test: .venv/installed-dev  ## the tests, without a GPU
 test-slow: .venv/installed-dev  ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
-GPU_TESTS := dependent_launch act_quant norm_quant gelu_quant int4_linear int4_gemv int4_grouped int4_grouped_gemv \
-  dequantize int4_hopper int4_hopper_decode int4_tile norm_int4_linear decode_attention int4_block generate ops gptq_columns \
-  gptq fake_quant fake_quant_kernel norm_fake_quant gelu_fake_quant swiglu narrow_linear cross_entropy kurtosis_kernel \
-  training_ops replay
+GPU_TESTS := dependent_launch act_quant norm_quant gelu_quant int4_linear int4_gemv int4_grouped \
+  int4_grouped_gemv dequantize int4_hopper int4_hopper_decode int4_tile norm_int4_linear \
+  decode_attention int4_block generate ops gptq_columns gptq fake_quant fake_quant_kernel \
+  norm_fake_quant gelu_fake_quant swiglu narrow_linear cross_entropy linear_cross_entropy \
+  kurtosis_kernel training_ops replay
 test-gpu:  ## kernel tests and those that need a GPU, in the environment at hand
 	$(PYTHON) -m pytest $(GPU_TESTS:%=tests/test_%.py)
 

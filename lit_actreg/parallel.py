@@ -83,7 +83,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     The device sees to it while the host goes on. Lightning's ``strategy.reduce`` begins with a barrier, at which the
     host waits until the device has done all its work.
     """
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor

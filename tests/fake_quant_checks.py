@@ -1,4 +1,5 @@
-"""What the tests of the fused training kernels share: inputs, the formula in float64 autograd, and how close is close.
+"""What the tests of the fused training kernels share: inputs, the formula in float64 autograd, how close is close, and
+how many programs of a backward pass run at once.
 
 The truth is :func:`formula` in float64: the grid of ``kernels/grid.py`` and a straight-through estimator whose clip
 gradients autograd finds, independent of the operators' written-out backward.

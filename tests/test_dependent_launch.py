@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -64,6 +65,19 @@ def test_launch_options_are_for_few_tokens_on_one_kind_of_gpu(monkeypatch):
     dependent_launch.has_dependent_launch.cache_clear()
 
 
+def replay_as_one_after_another(run: Callable[[Callable[[], None]], torch.Tensor]) -> torch.Tensor:
+    """The result of ``run``, which calls what it is given between its kernels: a wait, then, in a graph, nothing."""
+    expected = run(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(lambda: None)
+    for _ in range(20):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)
+    return expected
+
+
 @needs_hopper
 @pytest.mark.parametrize("num_tokens", [5, 16, 40])
 @pytest.mark.parametrize("kind", ["static", "per token", "norm", "gelu"])
@@ -100,15 +114,7 @@ def test_a_chain_is_a_chain(kind, num_tokens):
             after_each()
         return x
 
-    expected = run(torch.cuda.synchronize)
-    assert expected.std() > 0.05
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run(lambda: None)
-    for _ in range(20):
-        found.zero_()
-        graph.replay()
-        assert torch.equal(found, expected)
+    assert replay_as_one_after_another(run).std() > 0.05
 
 
 @needs_hopper
@@ -128,11 +134,4 @@ def test_one_long_token_waits_for_its_own_grid():
             found.append(int4_linear(quantized[0], packed, *quantized[1:], scale, sums, None, None, torch.float32))
         return torch.cat(found)
 
-    expected = run(torch.cuda.synchronize)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run(lambda: None)
-    for _ in range(20):
-        found.zero_()
-        graph.replay()
-        assert torch.equal(found, expected)
+    replay_as_one_after_another(run)
