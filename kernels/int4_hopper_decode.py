@@ -116,12 +116,13 @@ def _kernel(
     pointers = (y_ptr, act_scale_ptr, act_zero_point_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, residual_ptr)
     outputs = load_outputs(n0, N, pointers, PER_TOKEN, HAS_BIAS, BLOCK_N, ACC)
     _wait_for_previous_kernel()
-    _let_next_kernel_start()
     for i in gl.static_range(STAGES):
         _fetch_codes(codes_desc, codes_smem, filled, first + i, i, i < count, P)
 
     acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, ACC)
     for step in range(count):
+        if step == gl.maximum(count - STAGES, 0):  # the last weights have been asked for
+            _let_next_kernel_start()
         buffer = step % STAGES
         mbarrier.wait(filled.index(buffer), step // STAGES % 2)
         packed = packed_smem.index(buffer).load(OPERAND)
