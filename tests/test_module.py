@@ -7,22 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from small_fit import CONTEXT, VOCAB_SIZE, datamodule, lit_module, trainer, write_corpus
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lit_actreg.callbacks.checkpoint import ResumeCheckpoint
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
-from lit_actreg.callbacks.kurtosis import KurtosisRegularization
-from lit_actreg.callbacks.loss_guard import LossGuard
-from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
-from lit_actreg.callbacks.throughput import Throughput
 from lit_actreg.config import QuantConfig
 from lit_actreg.generate import window_start
-from lit_actreg.module import LitLanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,66 +88,6 @@ def test_clipped_gradients_are_not_scaled_in_float16(corpus, monkeypatch, fused)
         engine.fit(lit_module(), datamodule=datamodule(corpus))
         norms.append(list(engine.logger.of("train/gradient_norm").values()))
     assert norms[1] == pytest.approx(norms[0], rel=0.1)
-
-
-class Readings(TorchDispatchMode):
-    """Counts how often a tensor is asked for its value: where it is a GPU's, the host waits."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-class ReadsLater(LossGuard):
-    """As on a GPU; counts."""
-
-    host_knows = staticmethod(lambda loss: False)
-    num_readings = 0
-
-    def read(self, trainer):
-        self.num_readings += 1
-        super().read(trainer)
-
-
-def test_the_host_does_not_wait_for_the_device_between_logs(corpus, tmp_path, monkeypatch):
-    """Nothing is read in batches before the first log; what the bar shows from then on Lightning reads after every
-    batch, so that has to be on the host."""
-    adamw, to_host, log, shown = torch.optim.AdamW, torch.Tensor.cpu, LitLanguageModel.log, []
-
-    def marked(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = to_host(tensor).clone()
-        tensor.came_to_the_host = True
-        return tensor
-
-    def noted(module, name, value, **options):
-        if options.get("prog_bar"):
-            shown.append((name, value))
-        log(module, name, value, **options)
-
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **o: adamw(groups, **(o | {"fused": True})))  # as on a GPU
-    monkeypatch.setattr(torch.Tensor, "cpu", marked)
-    monkeypatch.setattr(LitLanguageModel, "log", noted)
-    guard, counts, steps = ReadsLater(), [], 10
-    callbacks = [KurtosisRegularization(), ClipSchedule(calibrate_steps=[]), guard, Throughput()]
-    callbacks += [OutlierMonitor(every_n_steps=50), ResumeCheckpoint(every_n_steps=50), TQDMProgressBar(10)]
-
-    class Watch(Callback):
-        def on_train_batch_start(self, *_):
-            counts.append(readings.count)
-
-    options = {"log_every_n_steps": 5, "accumulate_grad_batches": 2}
-    options |= {"enable_progress_bar": True, "enable_checkpointing": True}
-    engine = trainer([*callbacks, Watch()], steps, logger=TensorBoardLogger(tmp_path), **options)
-    with Readings() as readings:
-        engine.fit(lit_module(), datamodule=datamodule(corpus, batch_size=4))
-    assert counts[1] == counts[9]  # the first log comes after ten batches
-    assert len(counts) == 20
-    assert guard.num_readings <= 2 + 2  # at logs; before the last checkpoint and at the end
-    assert {"train/loss", "train/tokens_per_second"} <= {name for name, _ in shown}
-    for name, value in shown:
-        assert value.came_to_the_host if name == "train/loss" else isinstance(value, torch.Tensor), name
 
 
 def test_perplexity_does_not_depend_on_the_batch_size(corpus):
