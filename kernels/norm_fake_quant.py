@@ -10,7 +10,11 @@ to either in its own dtype.
     dx = d′ + (dv·w − mean(dv·w) − n · mean(dv·w·n)) / σ        (RMSNorm without the first mean)
 
 A fixed number of programs walks over the rows and keeps its share of dw and db in registers; PyTorch adds the shares,
-so sums are deterministic. Bytes an element, with a float32 stream and bfloat16 y, x̂: 12 forward, 16 backward.
+so sums are deterministic. Bytes an element, with a float32 stream and bfloat16 y, x̂: 12 forward, 16 backward. Where y
+has the stream's dtype dy is dx, and is not written.
+
+Where the kurtosis κ of y is regularized (:mod:`.kurtosis`), the forward pass computes it of the rows looked at and
+keeps a copy of them, and the backward pass adds its gradient to dy alone: 2 bytes each way an element looked at.
 
 v is rounded to ``value_dtype`` before it meets the grid: to what the norm alone would have written (float32 under
 autocast). Statistics as in :mod:`.norm_quant`; K ≤ 65,536, all float dtypes but float64, tensors contiguous.
@@ -21,12 +25,23 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.grid import code_range
+from lit_actreg_kernels.kurtosis import load_terms, look_at_row, looked_at, num_looked_at, place_of, row_gradient
 from lit_actreg_kernels.norm_quant import normalize
 from torch import Tensor
 
 _PROGRAMS_PER_PROCESSOR = 4
-_STAGES = 2  # rows in flight a program: the next one loads while this one is summed
+_STAGES = 3  # rows in flight a program: two load while one is summed
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _look_and_keep(y, K, T, kappa_ptr, terms_ptr, rows_ptr, FIRST: tl.constexpr, STEP: tl.constexpr, EPS: tl.constexpr):
+    """Of this program's row y, if it is looked at: kurtosis, its gradient's terms, and a copy."""
+    row, k = tl.program_id(0), tl.arange(0, y.shape[0])
+    if looked_at(row, T, FIRST, STEP):
+        place = place_of(row, T, FIRST, STEP)
+        tl.store(rows_ptr + place.to(tl.int64) * K + k, y, mask=k < K)
+        look_at_row(y, k < K, K, place, kappa_ptr, terms_ptr, EPS)
 
 
 @triton.jit
@@ -40,7 +55,11 @@ def _forward_kernel(
     new_ptr,
     x_hat_ptr,
     statistics_ptr,
+    kappa_ptr,
+    terms_ptr,
+    rows_ptr,
     K,
+    T,
     EPS: tl.constexpr,  # not an argument: torch.compile passes those as float64, and the row would follow
     RMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -48,13 +67,19 @@ def _forward_kernel(
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     INTEGER: tl.constexpr,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    KURTOSIS_EPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     inside = k < K
     x = tl.load(x_ptr + row * K + k, mask=inside, other=0.0)
-    x = (x.to(tl.float32) + tl.load(y_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+    y = tl.load(y_ptr + row * K + k, mask=inside, other=0.0)
+    if STEP:
+        _look_and_keep(y, K, T, kappa_ptr, terms_ptr, rows_ptr, FIRST, STEP, KURTOSIS_EPS)
+    x = (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
     tl.store(new_ptr + row * K + k, x, mask=inside)
     value, mean, factor = normalize(x.to(tl.float32), inside, K, EPS, RMS)
     value = value * tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
@@ -65,6 +90,23 @@ def _forward_kernel(
     tl.store(x_hat_ptr + row * K + k, x_hat.to(x_hat_ptr.dtype.element_ty), mask=inside)
     tl.store(statistics_ptr + row, mean)
     tl.store(statistics_ptr + tl.num_programs(0) + row, factor)
+
+
+@triton.jit
+def _statistics_of(row, num_rows, statistics_ptr, RMS: tl.constexpr):
+    """μ (0 for RMSNorm) and 1/σ of a row, if there is such a row."""
+    mean = 0.0
+    if not RMS:
+        mean = tl.load(statistics_ptr + row, mask=row < num_rows, other=0.0)
+    return mean, tl.load(statistics_ptr + num_rows + row, mask=row < num_rows, other=0.0)
+
+
+@triton.jit
+def _terms_of(row, num_rows, T, terms_ptr, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """Where the copy of a row of y is, whether there is one, and the terms of κ's gradient."""
+    looks = (row < num_rows) & looked_at(row, T, FIRST, STEP)
+    place = tl.where(looks, place_of(row, T, FIRST, STEP), 0)
+    return place, looks, load_terms(terms_ptr, place)
 
 
 @triton.jit
@@ -82,12 +124,17 @@ def _backward_kernel(
     bias_ptr,
     low_ptr,
     high_ptr,
+    terms_ptr,
+    rows_ptr,
+    d_kappa_ptr,
     dx_ptr,
     dy_ptr,
     parameters_ptr,
     clips_ptr,
     num_rows,
+    num_looked_at,
     K,
+    T,
     RMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     VALUE_DTYPE: tl.constexpr,
@@ -95,6 +142,9 @@ def _backward_kernel(
     Q_MAX: tl.constexpr,
     INTEGER: tl.constexpr,
     MASKED: tl.constexpr,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    DY: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -106,13 +156,19 @@ def _backward_kernel(
     scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
     sum_low, sum_high = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     sum_weight, sum_bias = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    if STEP:
+        d_kappa = tl.load(d_kappa_ptr).to(tl.float32) / num_looked_at
+        next_terms = _terms_of(tl.program_id(0), num_rows, T, terms_ptr, FIRST, STEP)
+    next_mean, next_factor = _statistics_of(tl.program_id(0), num_rows, statistics_ptr, RMS)
     for index in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(index, tl.int64)
         x = tl.load(new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)  # zero in the padding, as dv then is
-        factor = tl.load(statistics_ptr + num_rows + row)
+        # a row's single numbers are asked for a row before, as the compiler does with its tensors
+        mean, factor = next_mean, next_factor
+        next_mean, next_factor = _statistics_of(index + tl.num_programs(0), num_rows, statistics_ptr, RMS)
         if not RMS:
-            x -= tl.load(statistics_ptr + row)
+            x -= mean
         normed = x * factor
         value = normed * weight
         if HAS_BIAS:
@@ -127,12 +183,19 @@ def _backward_kernel(
         weighted = dv * weight
         if RMS:
             dx = weighted - normed * (tl.sum(weighted * normed, 0) / K)
-        else:  # both sums at once; one after the other they take more registers than four programs have
+        else:  # both sums at once: one after the other they take more registers
             along, total = tl.reduce((weighted * normed, weighted), 0, _add_pairs)
             dx = weighted - normed * (along / K) - total / K
         dx = dx * factor + tl.load(d_new_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * K + k, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        tl.store(dy_ptr + row * K + k, dx.to(dy_ptr.dtype.element_ty), mask=inside)
+        if DY:
+            if STEP:  # without a branch, so that the row kept is on its way early
+                place, looks, terms = next_terms
+                next_terms = _terms_of(index + tl.num_programs(0), num_rows, T, terms_ptr, FIRST, STEP)
+                y_ptr = rows_ptr + place.to(tl.int64) * K + k
+                y = tl.load(y_ptr, mask=k < tl.where(looks, K, 0), other=0.0).to(tl.float32)
+                dx += tl.where(looks, row_gradient(y, terms, d_kappa), 0.0)
+            tl.store(dy_ptr + row * K + k, dx.to(dy_ptr.dtype.element_ty), mask=inside)
     store_clip_sums(clips_ptr, sum_low, sum_high)
     program = tl.program_id(0)
     tl.store(parameters_ptr + program * K + k, sum_weight, mask=inside)
@@ -140,8 +203,8 @@ def _backward_kernel(
 
 
 def _num_warps(block: int) -> int:
-    """8 elements a thread where that is possible: nine float32 values of each are alive in the backward pass."""
-    return max(1, min(16, block // 256))
+    """16 elements a thread: more threads wait for each other longer, at every row's sums."""
+    return max(1, min(16, block // 512))
 
 
 def add_norm_fake_quantize(
@@ -157,12 +220,22 @@ def add_norm_fake_quantize(
     integer_zero_point: bool,
     value_dtype: torch.dtype,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x′ in the dtype of x, x̂ [..., K] in ``out_dtype``, and μ, 1/σ of rows, float32 [2, M]."""
+    first: int,
+    step: int,
+    kurtosis_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x′ in the dtype of x, x̂ [..., K] in ``out_dtype``, and μ, 1/σ of rows, float32 [2, M].
+
+    And of the R rows of y [..., T, K] that are looked at (:mod:`.kurtosis`) κ [R], the terms [R, 4] of their gradients,
+    and themselves [R, K].
+    """
     num_columns = x.shape[-1]
     num_rows = x.numel() // max(1, num_columns)
     new, x_hat = torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
     statistics = x.new_empty((2, num_rows), dtype=torch.float32)
+    num_looks = num_looked_at(y, first, step)
+    kappa, terms = (y.new_empty(shape, dtype=torch.float32) for shape in ((num_looks,), (num_looks, 4)))
+    rows = y.new_empty((num_looks, num_columns))
     if x.numel():
         q_min, q_max = code_range(bits)
         block = triton.next_power_of_2(num_columns)
@@ -176,7 +249,11 @@ def add_norm_fake_quantize(
             new,
             x_hat,
             statistics,
+            kappa,
+            terms,
+            rows,
             num_columns,
+            x.shape[-2] if step else 1,
             eps,
             RMS=rms,
             HAS_BIAS=bias is not None,
@@ -184,10 +261,13 @@ def add_norm_fake_quantize(
             Q_MIN=q_min,
             Q_MAX=q_max,
             INTEGER=integer_zero_point,
+            FIRST=first,
+            STEP=step,
+            KURTOSIS_EPS=kurtosis_eps,
             BLOCK_K=block,
             num_warps=_num_warps(block),
         )
-    return new, x_hat, statistics
+    return new, x_hat, statistics, kappa, terms, rows
 
 
 def add_norm_fake_quantize_backward(
@@ -205,14 +285,20 @@ def add_norm_fake_quantize_backward(
     integer_zero_point: bool,
     masked: bool,
     value_dtype: torch.dtype,
+    terms: Tensor,
+    rows: Tensor,
+    d_kappa: Tensor,
+    first: int,
+    step: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in the dtype of x′, dy in that of y, and partial sums.
+    """dx in the dtype of x′, dy in that of y (empty where it would equal dx), and partial sums.
 
     These are dw and db, float32 [2, programs, K], and dc⁻ and dc⁺, float32 [2, programs].
     """
     num_columns = new.shape[-1]
     num_rows = new.numel() // max(1, num_columns)
-    dx, dy = torch.empty_like(new), torch.empty_like(new, dtype=y_dtype)
+    has_dy = step > 0 or y_dtype != new.dtype
+    dx, dy = torch.empty_like(new), new.new_empty(new.shape if has_dy else 0, dtype=y_dtype)
     block = triton.next_power_of_2(num_columns)
     programs = programs_for(new.device, _PROGRAMS_PER_PROCESSOR)
     parameters = new.new_empty((2, programs, num_columns), dtype=torch.float32)
@@ -227,12 +313,17 @@ def add_norm_fake_quantize_backward(
         bias,
         low,
         high,
+        terms,
+        rows,
+        d_kappa,
         dx,
         dy,
         parameters,
         clips,
         num_rows,
+        rows.shape[0],
         num_columns,
+        new.shape[-2] if step else 1,
         RMS=rms,
         HAS_BIAS=bias is not None,
         VALUE_DTYPE=_DTYPES[value_dtype],
@@ -240,6 +331,9 @@ def add_norm_fake_quantize_backward(
         Q_MAX=q_max,
         INTEGER=integer_zero_point,
         MASKED=masked,
+        FIRST=first,
+        STEP=step,
+        DY=has_dy,
         BLOCK_K=block,
         STAGES=_STAGES,
         num_warps=_num_warps(block),

@@ -4,7 +4,7 @@
     gelu_fake_quantize        h → x̂ of GELU(h), κ̄ of h
     swiglu_fake_quantize      h = [gate, up] → x̂ of silu(gate) · up, κ̄ of h
     swiglu_fake_quantize_per_token                  the same on tokens' grids
-    add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′)
+    add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′), κ̄ of y
 
 and, not about quantization but as near to the linears:
 
@@ -24,8 +24,8 @@ does not know the kernels behind an operator.
 The *sum* is in the norm's operator for its gradient, too: that of the residual connection is added in the norm's
 backward pass for one read, where outside it would cost two reads and a write of the whole stream.
 
-*Kurtosis* of h comes along with the operators behind the MLP's activation: their backward passes read h anyway, and add
-its gradient for nothing. ``looks`` is (first, step, ε): at which tokens (:mod:`.kurtosis`); with step 0, at none.
+*Kurtosis* comes along where a pass reads or writes what it needs anyway: of y with the norm's operator, of h with those
+behind the MLP's activation. ``looks`` is (first, step, ε): at which tokens (:mod:`.kurtosis`); with step 0, at none.
 
 Clips c⁻ < c⁺ are [1]; ``masked`` says that an x outside them has no gradient. A mistake in the arguments raises a
 ValueError of one line, already while compiling.
@@ -105,7 +105,7 @@ def _mean_kurtosis(h: Tensor, first: int, step: int, eps: float) -> tuple[Tensor
     """κ̄ of the tokens looked at, and what its gradient wants."""
     if not step:
         return h.new_empty(0, dtype=torch.float32), h.new_empty((0, 4), dtype=torch.float32)
-    kappa, terms, _ = implementation(h, "kurtosis").token_kurtosis(h, first, step, eps, False)
+    kappa, terms = implementation(h, "kurtosis").token_kurtosis(h, first, step, eps)
     return kappa.mean(), terms
 
 
@@ -244,7 +244,7 @@ def swiglu_fake_quantize_per_token(
     return x_hat, kappa
 
 
-# The norm behind an addition: x, y → x′, x̂
+# The norm behind an addition: x, y → x′, x̂, κ̄
 
 
 @torch.library.triton_op("lit_actreg::add_norm_fake_quantize", mutates_args=())
@@ -262,15 +262,20 @@ def _add_norm_fake_quantize(
     masked: bool,
     value_dtype: torch.dtype,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    first: int,
+    step: int,
+    kurtosis_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(x, low, high, bits)
     check_norm(x, weight, bias, rms)
     if y.shape != x.shape or torch.promote_types(x.dtype, y.dtype) != x.dtype:
         raise ValueError(f"y {y.dtype} {list(y.shape)} cannot be added to x {x.dtype} {list(x.shape)}: cast or expand")
     function, y = implementation(x, "norm_fake_quant").add_norm_fake_quantize, y.contiguous()
-    return function(
-        x.contiguous(), y, weight, bias, low, high, eps, rms, bits, integer_zero_point, value_dtype, out_dtype
+    grid, looks = (low, high, eps, rms, bits, integer_zero_point), (first, step, kurtosis_eps)
+    new, x_hat, statistics, kappa, *rest = function(
+        x.contiguous(), y, weight, bias, *grid, value_dtype, out_dtype, *looks
     )
+    return new, x_hat, statistics, kappa.mean() if step else kappa, *rest
 
 
 @torch.library.triton_op("lit_actreg::add_norm_fake_quantize_backward", mutates_args=())
@@ -284,60 +289,68 @@ def _add_norm_backward(
     bias: Tensor | None,
     low: Tensor,
     high: Tensor,
+    terms: Tensor,
+    rows: Tensor,
+    d_kappa: Tensor,
     rms: bool,
     bits: int,
     integer_zero_point: bool,
     masked: bool,
     value_dtype: torch.dtype,
+    first: int,
+    step: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     function = implementation(new, "norm_fake_quant").add_norm_fake_quantize_backward
-    rest = (statistics, weight, bias, low, high, rms, bits, integer_zero_point, masked, value_dtype)
-    return function(g.contiguous(), d_new.contiguous(), new, y_dtype, *rest)
+    grid = (low, high, rms, bits, integer_zero_point, masked, value_dtype)
+    looks = (terms, rows, d_kappa, first, step)
+    return function(g.contiguous(), d_new.contiguous(), new, y_dtype, statistics, weight, bias, *grid, *looks)
 
 
 def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, y, weight, bias, low, high, _, *ctx.options, _ = inputs
-    (new, _, statistics), ctx.y_dtype = output, y.dtype
+    _, y, weight, bias, low, high, _, *options, _, first, step, _ = inputs
+    new, _, statistics, _, terms, rows = output
+    ctx.y_dtype, ctx.options = y.dtype, (*options, first, step)
     ctx.clip_dtype, ctx.weight_dtype, ctx.has_bias = low.dtype, weight.dtype, bias is not None
-    ctx.save_for_backward(new, statistics, weight, bias, low, high)
+    ctx.save_for_backward(new, statistics, weight, bias, low, high, terms, rows)
 
 
-def _backward_of_add_norm(ctx: Any, d_new: Tensor, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_of_add_norm(ctx: Any, d_new: Tensor, g: Tensor, _: Tensor, d_kappa: Tensor, *__: Tensor) -> Any:
     new, *saved = ctx.saved_tensors
-    dx, dy, parameters, clips = _add_norm_backward(g, d_new, new, ctx.y_dtype, *saved, *ctx.options)
+    dx, dy, parameters, clips = _add_norm_backward(g, d_new, new, ctx.y_dtype, *saved, d_kappa, *ctx.options)
+    dy = dy if dy.numel() else dx  # one tensor where they are equal
     d_weight, d_bias = parameters.sum(1).to(ctx.weight_dtype).unbind()
-    return dx, dy, d_weight, d_bias if ctx.has_bias else None, *_clip_gradients(ctx, clips), *[None] * 7
+    return dx, dy, d_weight, d_bias if ctx.has_bias else None, *_clip_gradients(ctx, clips), *[None] * 10
 
 
 _add_norm_fake_quantize.register_autograd(_backward_of_add_norm, setup_context=_keep_add_norm)
 
 
-def add_norm_fake_quantize(x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """x′ = x + y in the dtype of x, and x̂ of its norm, [..., K].
+def add_norm_fake_quantize(
+    x: Tensor, y: Tensor, *arguments: Any, looks: Looks = NOWHERE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x′ = x + y in the dtype of x, x̂ of its norm, [..., K], and κ̄ of y [..., T, K].
 
     Args:
         arguments: weight [K], bias [K] or None, low, high, eps, rms, bits, integer_zero_point, masked; the dtype to
             which the norm's value is rounded before the grid, and the dtype of x̂.
     """
-    new, x_hat, _ = _add_norm_fake_quantize(x, y, *arguments)
-    return new, x_hat
+    new, x_hat, _, kappa, *_ = _add_norm_fake_quantize(x, y, *arguments, *looks)
+    return new, x_hat, kappa
 
 
 # Kurtosis of a linear's output: y → y, κ̄
 
 
 @torch.library.triton_op("lit_actreg::token_kurtosis", mutates_args=())
-def _token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(y, "kurtosis").token_kurtosis(y.contiguous(), first, step, eps, keep)
+def _token_kurtosis(y: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
+    return implementation(y, "kurtosis").token_kurtosis(y.contiguous(), first, step, eps)
 
 
 @torch.library.triton_op("lit_actreg::add_kurtosis_gradient", mutates_args=())
-def _add_kurtosis_gradient(
-    g: Tensor, y: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int, kept: bool
-) -> Tensor:
+def _add_kurtosis_gradient(g: Tensor, y: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int) -> Tensor:
     """A copy of g with the gradient added; a compiler sees that nobody else wants g, and leaves the copy out."""
     g = g.clone(memory_format=torch.contiguous_format)
-    implementation(y, "kurtosis").add_kurtosis_gradient(g, y.contiguous(), terms, d_kappa, first, step, kept)
+    implementation(y, "kurtosis").add_kurtosis_gradient(g, y.contiguous(), terms, d_kappa, first, step)
     return g
 
 
@@ -345,25 +358,22 @@ class _TokenKurtosis(torch.autograd.Function):
     """An operator must not return its argument; an autograd function may, if as a view."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, keep: bool, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
-        kappa, terms, rows = _token_kurtosis(y, first, step, eps, keep)
-        ctx.save_for_backward(rows if keep else y, terms)
-        ctx.options = (first, step, keep)
+    def forward(ctx: Any, y: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
+        kappa, terms = _token_kurtosis(y, first, step, eps)
+        ctx.save_for_backward(y, terms)
+        ctx.tokens = (first, step)
         return y.view_as(y), kappa.mean()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, d_kappa: Tensor) -> tuple[Tensor | None, ...]:
-        return _add_kurtosis_gradient(g, *ctx.saved_tensors, d_kappa, *ctx.options), None, None, None, None
+        return _add_kurtosis_gradient(g, *ctx.saved_tensors, d_kappa, *ctx.tokens), None, None, None
 
 
-def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+def token_kurtosis(y: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
     """y [..., T, N] itself, and κ̄, the mean kurtosis of its tokens first, first + step, … (:mod:`.kurtosis`): scalar.
 
     Who goes on with the y returned sends its gradient by here, where the gradient of κ̄ is added to it: that costs the
     rows looked at, while a gradient of y that autograd adds costs three passes over all of y.
-
-    Args:
-        keep: Whether to copy the rows looked at for the backward pass, rather than keep y alive.
     """
     check_float(y, "y", double_on_cpu=True)
-    return _TokenKurtosis.apply(y, keep, first, step, eps)
+    return _TokenKurtosis.apply(y, first, step, eps)

@@ -87,7 +87,7 @@ def activation_fake_quantize_backward(
     cumulative = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
     dh = dy * (cumulative + wide * torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi))
     if step:
-        add_kurtosis_gradient(dh, h, terms, d_kappa, first, step, False)
+        add_kurtosis_gradient(dh, h, terms, d_kappa, first, step)
     return dh.to(h.dtype), clips
 
 
@@ -108,7 +108,7 @@ def swiglu_backward(g: Tensor, h: Tensor, terms: Tensor, d_kappa: Tensor, first:
     d_gate = _wide(g) * up * sigmoid * (1 + gate * (1 - sigmoid))
     dh = torch.cat([d_gate, d_up], dim=-1)
     if step:
-        add_kurtosis_gradient(dh, h, terms, d_kappa, first, step, False)
+        add_kurtosis_gradient(dh, h, terms, d_kappa, first, step)
     return dh.to(h.dtype)
 
 
@@ -125,8 +125,14 @@ def add_norm_fake_quantize(
     integer_zero_point: bool,
     value_dtype: torch.dtype,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x′ = x + y, x̂ of its norm in ``out_dtype``, and μ, 1/σ of the rows [2, M]."""
+    first: int,
+    step: int,
+    kurtosis_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x′ = x + y, x̂ of its norm in ``out_dtype``, and μ, 1/σ of the rows [2, M].
+
+    And of the rows of y that are looked at κ [R], their gradients' terms [R, 4], and themselves [R, K].
+    """
     new = (_wide(x) + _wide(y)).to(x.dtype)
     wide = _wide(new)
     mean = torch.zeros_like(wide[..., 0]) if rms else wide.mean(-1)
@@ -134,7 +140,8 @@ def add_norm_fake_quantize(
     value = (wide - mean[..., None]) * factor[..., None] * _wide(weight)
     value = (value if bias is None else value + _wide(bias)).to(value_dtype)
     x_hat = fake_quantize(value, low, high, bits, integer_zero_point).to(out_dtype)
-    return new, x_hat, torch.stack([mean.flatten(), factor.flatten()])
+    statistics = torch.stack([mean.flatten(), factor.flatten()])
+    return new, x_hat, statistics, *token_kurtosis(y, first, step, kurtosis_eps), _looked_at(y, first, step).clone()
 
 
 def add_norm_fake_quantize_backward(
@@ -152,8 +159,13 @@ def add_norm_fake_quantize_backward(
     integer_zero_point: bool,
     masked: bool,
     value_dtype: torch.dtype,
+    terms: Tensor,
+    rows: Tensor,
+    d_kappa: Tensor,
+    first: int,
+    step: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in the dtype of x′, dy in that of y; dw and db [2, 1, K]; dc⁻, dc⁺ [2, 1]."""
+    """dx in the dtype of x′, dy in that of y, empty where it would equal dx; dw and db [2, 1, K]; dc⁻, dc⁺ [2, 1]."""
     mean, factor = statistics.view(2, *new.shape[:-1], 1)
     normed = (_wide(new) - mean) * factor
     value = normed * _wide(weight)
@@ -165,29 +177,42 @@ def add_norm_fake_quantize_backward(
     if not rms:
         dx = dx - weighted.mean(-1, keepdim=True)
     dx = dx * factor + _wide(d_new)
-    return dx.to(new.dtype), dx.to(y_dtype, copy=True), parameters, clips
+    dy = dx.new_empty(0, dtype=y_dtype)
+    if step or y_dtype != new.dtype:
+        dy = dx.clone()
+        if step:
+            looked_at = dy[..., first::step, :]
+            looked_at += _row_gradients(rows, terms, d_kappa).view(looked_at.shape)
+    return dx.to(new.dtype), dy.to(y_dtype), parameters, clips
 
 
-def token_kurtosis(y: Tensor, first: int, step: int, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """κ of the tokens looked at [R]; their gradients' terms [R, 4]; if ``keep`` their rows [R, N], or none."""
-    rows = y[..., first::step, :].flatten(0, -2)
-    mean = _wide(rows).mean(-1, keepdim=True)
-    c = _wide(rows) - mean
+def _looked_at(y: Tensor, first: int, step: int) -> Tensor:
+    """The rows [R, N] of y [..., T, N] that are looked at; none with step 0."""
+    return y[..., first::step, :].flatten(0, -2) if step else y.new_empty((0, y.shape[-1]))
+
+
+def token_kurtosis(y: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
+    """κ of the tokens looked at [R], and their gradients' terms [R, 4]."""
+    rows = _wide(_looked_at(y, first, step))
+    mean = rows.mean(-1, keepdim=True)
+    c = rows - mean
     squares = c * c
     v, m3, m4 = (power.mean(-1, keepdim=True) for power in (squares, squares * c, squares * squares))
     d = v * v + eps
-    terms = torch.cat([mean, 4 / (rows.shape[-1] * d), m3, m4 * v / d], dim=-1)
-    return (m4 / d).flatten(), terms, rows.clone() if keep else y.new_empty(0)
+    return (m4 / d).flatten(), torch.cat([mean, 4 / (rows.shape[-1] * d), m3, m4 * v / d], dim=-1)
 
 
-def add_kurtosis_gradient(
-    g: Tensor, y: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int, kept: bool
-) -> None:
-    """Adds dκ̄ · ∂κ̄/∂y to g [..., T, N], in place; d_kappa one value; y like g, or the rows kept [R, N]."""
+def _row_gradients(rows: Tensor, terms: Tensor, d_kappa: Tensor) -> Tensor:
+    """dκ̄ · ∂κ̄/∂y of the rows looked at [R, N]."""
+    mean, factor, m3, linear = terms.split(1, dim=-1)
+    c = _wide(rows) - mean
+    return d_kappa / rows.shape[0] * factor * (c * c * c - m3 - linear * c)
+
+
+def add_kurtosis_gradient(g: Tensor, y: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int) -> None:
+    """Adds dκ̄ · ∂κ̄/∂y to g [..., T, N], in place; d_kappa one value."""
     looked_at = g[..., first::step, :]
-    mean, factor, m3, linear = terms.view(*looked_at.shape[:-1], 4).split(1, dim=-1)
-    c = _wide(y.view(looked_at.shape) if kept else y[..., first::step, :]) - mean
-    looked_at += (d_kappa / terms.shape[0] * factor * (c * c * c - m3 - linear * c)).to(g.dtype)
+    looked_at += _row_gradients(_looked_at(y, first, step), terms, d_kappa).view(looked_at.shape).to(g.dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignored: int, gradient: bool) -> Tensor:

@@ -77,12 +77,14 @@ class LossTerm:
                 f"a loss term's every_nth_token {self.every_nth_token} is no number of tokens: use 1 or more"
             )
 
-    def look_at(self, y: Tensor, weight: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
-        """The y to go on with, and the statistic; ``kept``: whether y is kept for the backward pass anyway."""
+    def look_at(self, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The y to go on with, and the statistic."""
         if self.of == "weight":
             return y, self.statistic(weight)
         if self.every_nth_token is not None:
-            return tap_token_kurtosis(y, kept, self.every_nth_token)
+            y, kappa = tap_token_kurtosis(y, self.every_nth_token)
+            assert kappa is not None
+            return y, kappa
         return y, self.statistic(y)
 
 

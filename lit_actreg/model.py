@@ -21,6 +21,7 @@ from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
 from lit_actreg.contracts import LossTerm
 from lit_actreg.quant.fused import gelu_linear, norm_linear, swiglu_linear, wide_norm
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
+from lit_actreg.quant.statistics import tap_token_kurtosis
 
 
 def rotary_angles(num_tokens: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -67,6 +68,9 @@ class Block(nn.Module):
     The residual stream goes from block to block as two tensors x and y, [B, T, D] each, whose sum it is: y is what the
     MLP before gave, not yet added. So every addition is done by the norm behind it, in the pass that reads the sum
     (:func:`norm_linear`). y is None where nothing is left to add. Returns x, y and the statistics [S].
+
+    Kurtosis of y comes along in the same pass. So of the outputs of "mlp_proj" a block gives that of the one it was
+    handed; :meth:`Decoder.end_stream` has the last.
     """
 
     def __init__(self, config: ModelConfig, quant: QuantConfig) -> None:
@@ -104,17 +108,29 @@ class Block(nn.Module):
         self, x_BTD: Tensor, y_BTD: Tensor | None, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         # add → norm → quantize → linear; activation → quantize → linear (fused.py)
-        statistics: dict[tuple[int, Site], Tensor] = {}
-        x_BTD, qkv = norm_linear(self.norm_1, self.qkv, x_BTD, y_BTD)
-        attended = self.attn_proj(self.attend(self.look_at("qkv", qkv, statistics), cos, sin, cache))
-        attended = self.look_at("attn_proj", attended, statistics)
-        x_BTD, hidden = norm_linear(self.norm_2, self.mlp_in, x_BTD, attended)
-        y_BTD = self.project_activation(self.look_at("mlp_in", hidden, statistics), statistics)
-        y_BTD = self.look_at("mlp_proj", y_BTD, statistics)
+        found: dict[tuple[int, Site], Tensor] = {}
+        kappa: dict[Site, Tensor | None] = {}
+        x_BTD, qkv, kappa["mlp_proj"] = norm_linear(
+            self.norm_1, self.qkv, x_BTD, y_BTD, self.every_nth_token("mlp_proj")
+        )
+        attended = self.attn_proj(self.attend(self.look_at("qkv", qkv, found), cos, sin, cache))
+        attended = self.look_at("attn_proj", attended, found)
+        x_BTD, hidden, kappa["attn_proj"] = norm_linear(
+            self.norm_2, self.mlp_in, x_BTD, attended, self.every_nth_token("attn_proj")
+        )
+        activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
+        hidden = self.look_at("mlp_in", hidden, found)
+        y_BTD, kappa["mlp_in"] = activation_linear(self.mlp_proj, hidden, self.every_nth_token("mlp_in"))
+        y_BTD = self.look_at("mlp_proj", y_BTD, found)
         if not self.loss_terms:
             return x_BTD, y_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
-        found = [statistics[i, site] for i, term in enumerate(self.loss_terms) for site in term.sites]
-        return x_BTD, y_BTD, torch.stack(found)
+        statistics = [found[i, site] if (i, site) in found else kappa[site] for i, site in self.columns]
+        return x_BTD, y_BTD, torch.stack(cast(list[Tensor], statistics))
+
+    @property
+    def columns(self) -> list[tuple[int, Site]]:
+        """What the S statistics are of: loss terms by their index, and their sites."""
+        return [(i, site) for i, term in enumerate(self.loss_terms) for site in term.sites]
 
     def nothing_to_add(self, x_BTD: Tensor) -> Tensor | None:
         """The y of the first block: zeros, with the dtype and the ``requires_grad`` of the other blocks' y.
@@ -125,26 +141,19 @@ class Block(nn.Module):
 
     @property
     def kurtosis_term(self) -> int | None:
-        """The loss term whose statistic of the MLP's hidden values the activation's operator computes, if one does."""
-        terms = enumerate(self.loss_terms)
-        return next((i for i, t in terms if t.every_nth_token is not None and "mlp_in" in t.sites), None)
+        """The loss term whose statistic operators compute on the way, of all sites but "qkv"."""
+        return next((i for i, term in enumerate(self.loss_terms) if term.every_nth_token is not None), None)
 
-    def project_activation(self, hidden: Tensor, statistics: dict[tuple[int, Site], Tensor]) -> Tensor:
-        """mlp_proj of the activation of ``hidden``, and the statistic of the ``kurtosis_term``."""
+    def every_nth_token(self, site: Site) -> int | None:
+        """At one token in how many of this linear's output an operator looks; None: it does not."""
         i = self.kurtosis_term
-        activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
-        y, kappa = activation_linear(self.mlp_proj, hidden, None if i is None else self.loss_terms[i].every_nth_token)
-        if i is not None:
-            assert kappa is not None
-            statistics[i, "mlp_in"] = kappa
-        return y
+        return None if i is None or site not in self.loss_terms[i].sites else self.loss_terms[i].every_nth_token
 
-    def look_at(self, site: Site, y: Tensor, statistics: dict[tuple[int, Site], Tensor]) -> Tensor:
-        """Notes the loss terms' statistics of a linear and its output; returns the y to go on with."""
-        kept = site in ("qkv", "mlp_in")  # by attention, by the activation; an addition keeps nothing
+    def look_at(self, site: Site, y: Tensor, found: dict[tuple[int, Site], Tensor]) -> Tensor:
+        """Notes the other statistics of a linear and its output; returns the y to go on with."""
         for i, term in enumerate(self.loss_terms):
-            if site in term.sites and (site, i) != ("mlp_in", self.kurtosis_term):
-                y, statistics[i, site] = term.look_at(y, getattr(self, site).weight, kept)
+            if site in term.sites and (i != self.kurtosis_term or site == "qkv"):
+                y, found[i, site] = term.look_at(y, getattr(self, site).weight)
         return y
 
 
@@ -205,10 +214,20 @@ class Decoder(nn.Module):
         x: Tensor = self.embedding(ids)
         return x.bfloat16() if self.bfloat16_stream and torch.is_autocast_enabled(ids.device.type) else x
 
-    def end_stream(self, x_BTD: Tensor, y_BTD: Tensor | None) -> Tensor:
-        """Hidden states: the final norm of the sum, under autocast already in the dtype that the head takes."""
-        hidden = wide_norm(self.norm, x_BTD if y_BTD is None else x_BTD + y_BTD)
-        return hidden.to(linear_dtype(hidden))
+    def end_stream(self, x_BTD: Tensor, y_BTD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Hidden states: the final norm of the sum, under autocast already in the dtype that the head takes.
+
+        And what the kurtosis of y, which the last block gave, adds to the statistics [S], if it is asked for.
+        """
+        block, late = cast(Block, self.blocks[-1]), None
+        if y_BTD is not None:
+            y_BTD, kappa = tap_token_kurtosis(y_BTD, block.every_nth_token("mlp_proj"))
+            x_BTD = x_BTD + y_BTD
+            if kappa is not None:
+                column = block.columns.index((cast(int, block.kurtosis_term), "mlp_proj"))
+                late = F.pad(kappa[None], (column, len(block.columns) - 1 - column))
+        hidden = wide_norm(self.norm, x_BTD)
+        return hidden.to(linear_dtype(hidden)), late
 
     def rotary(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, E] for ids [B, T] from the first position on."""
@@ -232,7 +251,10 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x, y, found = block(x, y, cos, sin) if caches is None else block(x, y, cos, sin, caches[i])
             statistics.append(found)
-        return self.end_stream(x, y), torch.stack(statistics)
+        hidden, late = self.end_stream(x, y)
+        if late is not None:  # the first block was handed zeros, whose kurtosis is zero
+            statistics[0] = statistics[0] + late
+        return hidden, torch.stack(statistics)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         return self.head(hidden_BTD)

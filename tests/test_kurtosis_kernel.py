@@ -23,8 +23,7 @@ def outputs(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "every"), [((3, 7, 66), 1), ((2, 9, 130), 4), ((5, 2, 1), 3), ((9, 33), 2)])
-@pytest.mark.parametrize("keep", [False, True])
-def test_values_and_gradients(monkeypatch, dtype, shape, every, keep):
+def test_values_and_gradients(monkeypatch, dtype, shape, every):
     y = outputs(*shape).to(dtype)
     g = torch.randn(shape).to(dtype)
     first = min(every // 2, shape[-2] - 1)
@@ -33,25 +32,22 @@ def test_values_and_gradients(monkeypatch, dtype, shape, every, keep):
     (30 * expected).backward()
 
     poison(monkeypatch)
-    kappa, terms, rows = kurtosis.token_kurtosis(y.to(DEVICE), first, every, EPS, keep)
-    looked_at = y[..., first::every, :].flatten(0, -2)
-    assert kappa.shape == looked_at.shape[:1]
+    kappa, terms = kurtosis.token_kurtosis(y.to(DEVICE), first, every, EPS)
+    assert kappa.numel() == y[..., first::every, 0].numel()
     torch.testing.assert_close(kappa.mean().cpu().double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(rows.cpu(), looked_at) if keep else rows.numel() == 0
     found = g.to(DEVICE, copy=True)
     d_kappa = torch.tensor(30.0, device=DEVICE)
-    kurtosis.add_kurtosis_gradient(found, rows if keep else y.to(DEVICE), terms, d_kappa, first, every, keep)
+    kurtosis.add_kurtosis_gradient(found, y.to(DEVICE), terms, d_kappa, first, every)
     assert_near(found, g.double() + wide.grad, dtype, roundings=32)
     unseen = torch.ones(shape[-2], dtype=torch.bool)
     unseen[first::every] = False
     assert torch.equal(found.cpu()[..., unseen, :], g[..., unseen, :])
 
 
-@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("every", [1, 3])
-def test_gradients_in_float64(kept, every):
+def test_gradients_in_float64(every):
     def both(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y, kappa = tap_token_kurtosis(y * 2, kept, every)
+        y, kappa = tap_token_kurtosis(y * 2, every)
         return y.sin(), kappa
 
     y = outputs(2, 5, 7).requires_grad_()
@@ -62,19 +58,18 @@ def test_gradients_in_float64(kept, every):
 def test_opcheck():
     y, g = outputs(2, 5, 8).float().to(DEVICE), torch.randn(2, 5, 8, device=DEVICE)
     d_kappa = torch.tensor(0.5, device=DEVICE)
-    torch.library.opcheck(training_ops._token_kurtosis, (y, 1, 2, EPS, True))
+    torch.library.opcheck(training_ops._token_kurtosis, (y, 1, 2, EPS))
     terms = torch.randn(4, 4, device=DEVICE)
-    torch.library.opcheck(training_ops._add_kurtosis_gradient, (g, y, terms, d_kappa, 1, 2, False))
+    torch.library.opcheck(training_ops._add_kurtosis_gradient, (g, y, terms, d_kappa, 1, 2))
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_the_right_output_gets_the_right_gradient_compiled_or_not(kept):
+def test_the_right_output_gets_the_right_gradient_compiled_or_not():
     """Three after each other, a y that is used twice, and a gradient that another tensor shares."""
 
     def loss(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        y, first = tap_token_kurtosis(y * weight, kept, 2)
-        z, second = tap_token_kurtosis(y @ y.transpose(-1, -2), kept)
-        x, third = tap_token_kurtosis(z.sin(), kept)
+        y, first = tap_token_kurtosis(y * weight, 2)
+        z, second = tap_token_kurtosis(y @ y.transpose(-1, -2), 1)
+        x, third = tap_token_kurtosis(z.sin(), 1)
         x = z + x  # as at a block's end: both get the same gradient
         return (y + y.sin()).sum() + z.square().sum() + x.exp().sum() + 3 * first + 5 * second + 7 * third
 
@@ -94,7 +89,7 @@ def test_the_right_output_gets_the_right_gradient_compiled_or_not(kept):
 
 def test_a_gradient_that_is_shared_stays_as_it_is():
     y = outputs(1, 4, 6).to(DEVICE, WIDEST).requires_grad_()
-    z, kappa = tap_token_kurtosis(y, True)
+    z, kappa = tap_token_kurtosis(y, 1)
     shared = torch.ones_like(z)
     torch.autograd.grad((z, kappa), y, (shared, torch.ones_like(kappa)))
     assert torch.equal(shared, torch.ones_like(z))
@@ -102,4 +97,4 @@ def test_a_gradient_that_is_shared_stays_as_it_is():
 
 def test_integers_are_refused():
     with pytest.raises(ValueError, match="cast it to float32"):
-        training_ops.token_kurtosis(torch.zeros(1, 2, 3, dtype=torch.int32), 0, 1, EPS, False)
+        training_ops.token_kurtosis(torch.zeros(1, 2, 3, dtype=torch.int32), 0, 1, EPS)

@@ -14,10 +14,15 @@ from fake_quant_checks import (
     programs_at_once,
 )
 from lit_actreg_kernels import norm_fake_quant
+from lit_actreg_kernels.training_ops import NOWHERE
 from quantizer_checks import DEVICE, on_device
 from torch.nn import functional
 
+from lit_actreg.quant.statistics import token_kurtosis
+
 EPS = 1e-5
+LOOKS = (1, 2, 1e-12)  # first, step, ε: tokens 1 and 3 of 5
+D_KAPPA = 30.0
 # stream, what is added to it, the norm's own output, x̂
 TYPES = [
     (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16),  # bfloat16 autocast
@@ -31,9 +36,11 @@ TYPES = [
 
 @pytest.mark.parametrize(("x_dtype", "y_dtype", "value_dtype", "out_dtype"), TYPES)
 @pytest.mark.parametrize(("bits", "integer", "masked"), GRIDS)
-@pytest.mark.parametrize(("rms", "has_bias"), [(False, True), (False, False), (True, False)])
+@pytest.mark.parametrize(
+    ("rms", "has_bias", "looks"), [(False, True, NOWHERE), (False, False, LOOKS), (True, False, LOOKS)]
+)
 def test_values_and_gradients(
-    monkeypatch, x_dtype, y_dtype, value_dtype, out_dtype, bits, integer, masked, rms, has_bias
+    monkeypatch, x_dtype, y_dtype, value_dtype, out_dtype, bits, integer, masked, rms, has_bias, looks
 ):
     torch.manual_seed(0)
     columns = 131
@@ -50,17 +57,39 @@ def test_values_and_gradients(
     else:
         value = functional.layer_norm(new, (columns,), wide_weight, wide_bias, EPS)
     expected = formula(as_stored(value, value_dtype), low, high, bits, integer, masked)
-    ((expected * g.double()).sum() + (new * d_new.double()).sum()).backward()
+    loss = (expected * g.double()).sum() + (new * d_new.double()).sum()
+    first, step, _ = looks
+    kappa = token_kurtosis(wide_y[:, first::step]) if step else torch.zeros(())
+    (loss + D_KAPPA * kappa).backward()
 
     poison(monkeypatch)
     x, y, weight, bias, g, d_new = on_device(x, y, weight, bias, g, d_new)
-    found_new, x_hat, statistics = norm_fake_quant.add_norm_fake_quantize(
-        x, y, weight, bias, *clips(), EPS, rms, bits, integer, value_dtype, out_dtype
+    found_new, x_hat, statistics, found_kappa, *kept = norm_fake_quant.add_norm_fake_quantize(
+        x, y, weight, bias, *clips(), EPS, rms, bits, integer, value_dtype, out_dtype, *looks
     )
+    grid, d_kappa = (rms, bits, integer, masked), torch.tensor(D_KAPPA, device=DEVICE)
     dx, dy, parameters, sums = norm_fake_quant.add_norm_fake_quantize_backward(
-        g, d_new, found_new, y_dtype, statistics, weight, bias, *clips(), rms, bits, integer, masked, value_dtype
+        g,
+        d_new,
+        found_new,
+        y_dtype,
+        statistics,
+        weight,
+        bias,
+        *clips(),
+        *grid,
+        value_dtype,
+        *kept,
+        d_kappa,
+        first,
+        step,
     )
     assert (found_new.dtype, x_hat.dtype, dx.dtype, dy.dtype) == (x_dtype, out_dtype, x_dtype, y_dtype)
+    if step:
+        torch.testing.assert_close(found_kappa.mean().cpu().double(), kappa.detach(), rtol=1e-5, atol=1e-6)
+    elif y_dtype == x_dtype:
+        assert not dy.numel()
+        dy = dx
     assert_near(found_new, new.detach(), x_dtype)
     # The order of a row's sum is not PyTorch's: a value stored in few bits may be one unit off, and then its code one.
     loose = value_dtype if value_dtype != torch.float32 else out_dtype
@@ -77,10 +106,11 @@ def test_values_and_gradients(
 def test_sums_do_not_depend_on_the_run():
     x, y, g, d_new = torch.randn(4, 50, 96, device=DEVICE)
     weight = torch.ones(96, device=DEVICE)
-    new, _, statistics = norm_fake_quant.add_norm_fake_quantize(
-        x, y, weight, None, *clips(), EPS, False, 4, True, torch.float32, torch.float32
+    new, _, statistics, _, *kept = norm_fake_quant.add_norm_fake_quantize(
+        x, y, weight, None, *clips(), EPS, False, 4, True, torch.float32, torch.float32, *LOOKS
     )
-    rest = (torch.float32, statistics, weight, None, *clips(), False, 4, True, True, torch.float32)
+    looks = (*kept, torch.ones((), device=DEVICE), *LOOKS[:2])
+    rest = (torch.float32, statistics, weight, None, *clips(), False, 4, True, True, torch.float32, *looks)
     arguments = (g, d_new, new, *rest)
     first, second = (norm_fake_quant.add_norm_fake_quantize_backward(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -89,10 +119,13 @@ def test_sums_do_not_depend_on_the_run():
 def test_all_programs_of_the_backward_pass_run_at_once(tmp_path):
     """Of rows of 1,024; longer ones take more registers, and two waves that are full."""
     module = norm_fake_quant
-    narrow, wide = ["g_ptr", "dy_ptr"], ["new_ptr", "d_new_ptr", "dx_ptr"]
+    narrow, wide = ["g_ptr", "rows_ptr", "dy_ptr"], ["new_ptr", "d_new_ptr", "dx_ptr"]
     grid = {"Q_MIN": -8, "Q_MAX": 7, "INTEGER": True, "MASKED": True, "VALUE_DTYPE": "float32"}
-    variants = [grid | {"RMS": r, "HAS_BIAS": not r, "BLOCK_K": 1024, "STAGES": module._STAGES} for r in (False, True)]
+    grid |= {"DY": True, "BLOCK_K": 1024, "STAGES": module._STAGES}
+    looks = [{"FIRST": step // 2, "STEP": step} for step in (0, 4)]
+    variants = [grid | look | {"RMS": rms, "HAS_BIAS": not rms} for look in looks for rms in (False, True)]
     for stream in ("*fp32", "*bf16"):
-        types = dict.fromkeys(narrow, "*bf16") | dict.fromkeys(wide, stream) | {"num_rows": "i32", "K": "i32"}
+        types = dict.fromkeys(narrow, "*bf16") | dict.fromkeys(wide, stream)
+        types |= dict.fromkeys(["num_rows", "num_looked_at", "K", "T"], "i32")
         found = programs_at_once("norm_fake_quant", types, variants, module._num_warps(1024), tmp_path)
         assert min(found) >= module._PROGRAMS_PER_PROCESSOR, (stream, found)

@@ -23,16 +23,16 @@ def leaf(*shape: int) -> torch.Tensor:
 
 def samples(looks=training_ops.NOWHERE):
     low, high = (clip.requires_grad_() for clip in clips())
-    norm = (leaf(32), leaf(32), low, high, 1e-5, False, *OPTIONS, *TYPES)
-    rms = (leaf(32), None, low, high, 1e-5, True, *OPTIONS, *TYPES)
+    norm = (leaf(3, 32), leaf(32), leaf(32), low, high, 1e-5, False, *OPTIONS, *TYPES, *looks)
+    rms = (leaf(3, 32), leaf(32), None, low, high, 1e-5, True, *OPTIONS, *TYPES, *looks)
     return {
         "fake_quantize": (training_ops.fake_quantize, (leaf(3, 32), low, high, *OPTIONS)),
         "gelu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, False, *OPTIONS, *looks)),
         "swiglu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, True, *OPTIONS, *looks)),
         "swiglu alone": (training_ops.swiglu, (leaf(3, 32),)),
         "swiglu on tokens' grids": (training_ops._swiglu_fake_quantize_per_token, (leaf(3, 32), 4, 2, *looks)),
-        "norm": (training_ops._add_norm_fake_quantize, (leaf(3, 32), leaf(3, 32), *norm)),
-        "RMS norm": (training_ops._add_norm_fake_quantize, (leaf(3, 32), leaf(3, 32), *rms)),
+        "norm": (training_ops._add_norm_fake_quantize, (leaf(3, 32), *norm)),
+        "RMS norm": (training_ops._add_norm_fake_quantize, (leaf(3, 32), *rms)),
     }
 
 
@@ -42,7 +42,7 @@ def test_opcheck(name):
     torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids"])
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids", "norm", "RMS norm"])
 def test_opcheck_with_kurtosis(name):
     operator, arguments = samples((1, 2, 1e-12))[name]
     torch.library.opcheck(operator, arguments)
@@ -77,17 +77,19 @@ def test_a_norm_behind_another_in_float64():
     low, high = clips(torch.float64, "cpu")
 
     def plain_norm(x, y, weight, bias, low, high):
-        return x + y, formula(functional.layer_norm(x + y, (16,), weight, bias), low, high, *OPTIONS)
+        x_hat = formula(functional.layer_norm(x + y, (16,), weight, bias), low, high, *OPTIONS)
+        return x + y, x_hat, token_kurtosis(y[:, 1::2])
 
     def fused_norm(x, y, *rest):
-        return training_ops.add_norm_fake_quantize(x, y, *rest, 1e-5, False, *OPTIONS, torch.float64, torch.float64)
+        rest = (*rest, 1e-5, False, *OPTIONS, torch.float64, torch.float64)
+        return training_ops.add_norm_fake_quantize(x, y, *rest, looks=(1, 2, 1e-12))
 
     results = []
     for norm in (plain_norm, fused_norm):
         leaves = doubled(x, y, weight, bias, low, high)
-        new, first_hat = norm(*leaves)
-        new, second_hat = norm(new, leaves[1] * first_hat, *leaves[2:])
-        ((second_hat + new) * target).sum().backward()
+        new, first_hat, first_kappa = norm(*leaves)
+        new, second_hat, second_kappa = norm(new, leaves[1] * first_hat, *leaves[2:])
+        (((second_hat + new) * target).sum() + 3 * first_kappa + 5 * second_kappa).backward()
         results.append((second_hat.detach(), *(leaf.grad for leaf in leaves)))
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
 
@@ -127,16 +129,20 @@ def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted
     torch.testing.assert_close((found - alone).cpu().double(), 30 * wide.grad, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids", "linear_cross_entropy"])
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids", "norm", "linear_cross_entropy"])
 def test_batches_of_any_size_share_two_compilations(name):
     """One for the first size, one for all: a block that is compiled whole would give up after eight."""
     low, high = clips()
-    weight = torch.randn(50, 24, device=DEVICE)
+    weight, norm_weight = torch.randn(50, 24, device=DEVICE), torch.ones(24, device=DEVICE)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         if name == "linear_cross_entropy":
             targets = torch.zeros_like(x[..., 0], dtype=torch.int64).flatten()
             return linear_cross_entropy(x.flatten(0, 1), weight, targets, -100)
+        if name == "norm":
+            rest = (norm_weight, None, low, high, 1e-5, True, *OPTIONS, *TYPES)
+            new, x_hat, kappa = training_ops.add_norm_fake_quantize(x, x.sin(), *rest, looks=(1, 2, 1e-12))
+            return new.sum() + x_hat.sum() + kappa
         if name == "swiglu on tokens' grids":
             x_hat, kappa = training_ops.swiglu_fake_quantize_per_token(x, 4, 2, (1, 2, 1e-12))
         else:

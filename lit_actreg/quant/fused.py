@@ -34,18 +34,24 @@ def wide_norm(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 def norm_linear(
-    norm: nn.LayerNorm | nn.RMSNorm, linear: nn.Module, x: Tensor, y: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """x′ = x + y (None: zero) and linear(norm(x′)): [..., K] → [..., K], [..., N]."""
+    norm: nn.LayerNorm | nn.RMSNorm, linear: nn.Module, x: Tensor, y: Tensor | None, every_nth_token: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x′ = x + y (None: zero) and linear(norm(x′)): [..., T, K] → [..., T, K], [..., T, N].
+
+    And the kurtosis of y, of one token in so many.
+    """
     if not fuses(linear, x):
-        x = x if y is None else x + y
-        return x, linear(wide_norm(norm, x))
+        kappa = None
+        if y is not None:
+            y, kappa = tap_token_kurtosis(y, every_nth_token)
+            x = x + y
+        return x, linear(wide_norm(norm, x)), kappa
     assert isinstance(linear, QuantLinear)
     quantizer = linear.input_quantizer
     value_dtype, out_dtype = x.dtype, x.dtype
     if torch.is_autocast_enabled(x.device.type):  # norms then give float32, which the linear casts
         value_dtype, out_dtype = torch.float32, torch.get_autocast_dtype(x.device.type)
-    x, x_hat = training_ops.add_norm_fake_quantize(
+    x, x_hat, kappa = training_ops.add_norm_fake_quantize(
         x,
         torch.zeros_like(x) if y is None else y,
         norm.weight,
@@ -57,23 +63,20 @@ def norm_linear(
         *quantizer.grid_options(),
         value_dtype,
         out_dtype,
+        looks=looks(x.shape[-2], every_nth_token),
     )
-    return x, linear.project(x_hat)
+    return x, linear.project(x_hat), kappa
 
 
 def gelu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
     """linear(GELU(hidden)): [..., T, H] → [..., T, N]; and the kurtosis of ``hidden``, of one token in so many."""
     if not fuses(linear, hidden):
-        hidden, kappa = _look_at(hidden, every_nth_token)
+        hidden, kappa = tap_token_kurtosis(hidden, every_nth_token)
         return linear(F.gelu(hidden)), kappa
     assert isinstance(linear, QuantLinear)
     q, where = linear.input_quantizer, looks(hidden.shape[-2], every_nth_token)
     x_hat, kappa = training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), looks=where)
     return linear.project(x_hat), kappa
-
-
-def _look_at(hidden: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
-    return (hidden, None) if every_nth_token is None else tap_token_kurtosis(hidden, True, every_nth_token)
 
 
 def swiglu(hidden: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def swiglu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None
     """linear(silu(gate) · up) for hidden = [gate, up] [..., T, 2H]; the rest as :func:`gelu_linear`."""
     static, tokens = fuses(linear, hidden), fuses(linear, hidden, "token")
     if not (static or tokens):
-        hidden, kappa = _look_at(hidden, every_nth_token)
+        hidden, kappa = tap_token_kurtosis(hidden, every_nth_token)
         return linear(swiglu(hidden)), kappa
     assert isinstance(linear, QuantLinear)
     q, where = linear.input_quantizer, looks(hidden.shape[-2], every_nth_token)

@@ -44,11 +44,13 @@ def looks(num_tokens: int, every_nth_token: int | None, eps: float = 1e-12) -> t
     return _first(num_tokens, every_nth_token), every_nth_token, eps
 
 
-def tap_token_kurtosis(y: Tensor, kept: bool, every_nth_token: int = 1) -> tuple[Tensor, Tensor]:
-    """The y to go on with, and :func:`token_kurtosis` of it; ``kept``: if something keeps y for the backward pass."""
+def tap_token_kurtosis(y: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
+    """The y to go on with, and :func:`token_kurtosis` of it (None: of no token)."""
+    if every_nth_token is None:
+        return y, None
     if y.is_cuda and y.dtype == torch.float64:  # no Triton kernel is that precise
         return y, token_kurtosis(y, every_nth_token)
-    return training_ops.token_kurtosis(y, *looks(y.shape[-2], every_nth_token), keep=not kept)
+    return training_ops.token_kurtosis(y, *looks(y.shape[-2], every_nth_token))
 
 
 def channel_means(x: Tensor) -> tuple[Tensor, Tensor]:
