@@ -3,7 +3,8 @@
 It may ask at once for what a running model never writes, weights above all. Then it waits (`griddepcontrol.wait`) until
 the kernel before has ended and its writes are seen. A kernel lets the next one start early by
 `griddepcontrol.launch_dependents`: a quantizer, which has nothing to ask for, before its own wait, so that the product
-behind it fetches weights meanwhile; a product after it, so that no third kernel takes registers.
+behind it fetches weights meanwhile; a product after it, so that no third kernel takes registers, and, if it is
+:mod:`.int4_hopper_decode`, when it has asked for all its weights, so that they come before the next product's.
 
 Two rules keep a chain of such kernels right:
 
