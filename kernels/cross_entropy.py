@@ -56,7 +56,7 @@ def _kernel(
         largest = tl.max(logits, 0).to(tl.float32)
         total = tl.sum(tl.exp2((logits.to(tl.float32) - largest) * _LOG2_E), 0)
     else:
-        largest, total = float("-inf"), 0.0
+        largest, total = -3.4028234663852886e38, 0.0  # not −∞: a chunk may have nothing else
         for start in range(0, V, BLOCK):
             chunk = _load(row_ptr, start + v, V).to(tl.float32)
             before, largest = largest, tl.maximum(largest, tl.max(chunk, 0))

@@ -61,9 +61,10 @@ def look_at_row(y, inside, N, place, kappa_ptr, terms_ptr, EPS: tl.constexpr):
 
 
 @triton.jit
-def load_terms(terms_ptr, place):
-    terms_ptr += 4 * place
-    return tl.load(terms_ptr), tl.load(terms_ptr + 1), tl.load(terms_ptr + 2), tl.load(terms_ptr + 3)
+def load_terms(terms_ptr, place, wanted=True):
+    ptr = terms_ptr + 4 * place
+    mean, factor = tl.load(ptr, mask=wanted), tl.load(ptr + 1, mask=wanted)
+    return mean, factor, tl.load(ptr + 2, mask=wanted), tl.load(ptr + 3, mask=wanted)
 
 
 @triton.jit
@@ -123,12 +124,13 @@ def _backward_kernel(
     row, n = _row_in_sequences(T, FIRST, STEP), tl.arange(0, BLOCK)
     y = tl.load(y_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
-    g += row_gradient(y, load_terms(terms_ptr, tl.program_id(0)), tl.load(d_kappa_ptr) / tl.num_programs(0))
+    d_kappa = tl.load(d_kappa_ptr).to(tl.float32) / tl.num_programs(0)
+    g += row_gradient(y, load_terms(terms_ptr, tl.program_id(0)), d_kappa)
     tl.store(g_ptr + row * N + n, g.to(g_ptr.dtype.element_ty), mask=n < N)
 
 
 def _num_warps(block: int) -> int:
-    """32 elements a thread or more: threads of one program wait for each other at every sum."""
+    """32 elements a thread, of long rows more: all of a program's threads wait for each other at every sum."""
     return max(1, min(8, block // 1024))
 
 

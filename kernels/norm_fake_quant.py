@@ -14,7 +14,8 @@ so sums are deterministic. Bytes an element, with a float32 stream and bfloat16 
 has the stream's dtype dy is dx, and is not written.
 
 Where the kurtosis κ of y is regularized (:mod:`.kurtosis`), the forward pass computes it of the rows looked at and
-keeps a copy of them, and the backward pass adds its gradient to dy alone: 2 bytes each way an element looked at.
+keeps a copy of them, and the backward pass adds its gradient to dy alone: 2 bytes each way an element looked at, and a
+dy that is written.
 
 v is rounded to ``value_dtype`` before it meets the grid: to what the norm alone would have written (float32 under
 autocast). Statistics as in :mod:`.norm_quant`; K ≤ 65,536, all float dtypes but float64, tensors contiguous.
@@ -30,7 +31,6 @@ from lit_actreg_kernels.norm_quant import normalize
 from torch import Tensor
 
 _PROGRAMS_PER_PROCESSOR = 4
-_STAGES = 3  # rows in flight a program: two load while one is summed
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -104,9 +104,9 @@ def _statistics_of(row, num_rows, statistics_ptr, RMS: tl.constexpr):
 @triton.jit
 def _terms_of(row, num_rows, T, terms_ptr, FIRST: tl.constexpr, STEP: tl.constexpr):
     """Where the copy of a row of y is, whether there is one, and the terms of κ's gradient."""
-    looks = (row < num_rows) & looked_at(row, T, FIRST, STEP)
-    place = tl.where(looks, place_of(row, T, FIRST, STEP), 0)
-    return place, looks, load_terms(terms_ptr, place)
+    wanted = (row < num_rows) & looked_at(row, T, FIRST, STEP)
+    place = tl.where(wanted, place_of(row, T, FIRST, STEP), 0)
+    return place, wanted, load_terms(terms_ptr, place, wanted)
 
 
 @triton.jit
@@ -190,11 +190,11 @@ def _backward_kernel(
         tl.store(dx_ptr + row * K + k, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if DY:
             if STEP:  # without a branch, so that the row kept is on its way early
-                place, looks, terms = next_terms
+                place, wanted, terms = next_terms
                 next_terms = _terms_of(index + tl.num_programs(0), num_rows, T, terms_ptr, FIRST, STEP)
                 y_ptr = rows_ptr + place.to(tl.int64) * K + k
-                y = tl.load(y_ptr, mask=k < tl.where(looks, K, 0), other=0.0).to(tl.float32)
-                dx += tl.where(looks, row_gradient(y, terms, d_kappa), 0.0)
+                y = tl.load(y_ptr, mask=k < tl.where(wanted, K, 0), other=0.0).to(tl.float32)
+                dx += tl.where(wanted, row_gradient(y, terms, d_kappa), 0.0)
             tl.store(dy_ptr + row * K + k, dx.to(dy_ptr.dtype.element_ty), mask=inside)
     store_clip_sums(clips_ptr, sum_low, sum_high)
     program = tl.program_id(0)
@@ -203,8 +203,13 @@ def _backward_kernel(
 
 
 def _num_warps(block: int) -> int:
-    """16 elements a thread: more threads wait for each other longer, at every row's sums."""
+    """16 elements a thread from 512 to 8,192: more threads wait for each other longer, at every row's sums."""
     return max(1, min(16, block // 512))
+
+
+def _num_stages(row_bytes: int) -> int:
+    """Rows in flight a program of the backward pass: while one is summed two load, as shared memory has room for."""
+    return 3 if row_bytes <= 32768 else 2 if row_bytes <= 65536 else 1
 
 
 def add_norm_fake_quantize(
@@ -335,7 +340,7 @@ def add_norm_fake_quantize_backward(
         STEP=step,
         DY=has_dy,
         BLOCK_K=block,
-        STAGES=_STAGES,
+        STAGES=_num_stages(block * sum(t.element_size() for t in (g, d_new, new, *([rows] if step else [])))),
         num_warps=_num_warps(block),
     )
     return dx, dy, parameters, clips

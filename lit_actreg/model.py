@@ -70,7 +70,7 @@ class Block(nn.Module):
     (:func:`norm_linear`). y is None where nothing is left to add. Returns x, y and the statistics [S].
 
     Kurtosis of y comes along in the same pass. So of the outputs of "mlp_proj" a block gives that of the one it was
-    handed; :meth:`Decoder.end_stream` has the last.
+    handed, and :meth:`Decoder.forward` sees to it that statistics are in the rows of the blocks they are of.
     """
 
     def __init__(self, config: ModelConfig, quant: QuantConfig) -> None:
@@ -110,7 +110,7 @@ class Block(nn.Module):
         # add → norm → quantize → linear; activation → quantize → linear (fused.py)
         found: dict[tuple[int, Site], Tensor] = {}
         kappa: dict[Site, Tensor | None] = {}
-        x_BTD, qkv, kappa["mlp_proj"] = norm_linear(
+        x_BTD, qkv, kappa["mlp_proj"] = norm_linear(  # of the block before
             self.norm_1, self.qkv, x_BTD, y_BTD, self.every_nth_token("mlp_proj")
         )
         attended = self.attn_proj(self.attend(self.look_at("qkv", qkv, found), cos, sin, cache))
@@ -217,17 +217,14 @@ class Decoder(nn.Module):
     def end_stream(self, x_BTD: Tensor, y_BTD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Hidden states: the final norm of the sum, under autocast already in the dtype that the head takes.
 
-        And what the kurtosis of y, which the last block gave, adds to the statistics [S], if it is asked for.
+        And the kurtosis of y, which the last block gave, if it is asked for.
         """
-        block, late = cast(Block, self.blocks[-1]), None
+        kappa = None
         if y_BTD is not None:
-            y_BTD, kappa = tap_token_kurtosis(y_BTD, block.every_nth_token("mlp_proj"))
+            y_BTD, kappa = tap_token_kurtosis(y_BTD, cast(Block, self.blocks[-1]).every_nth_token("mlp_proj"))
             x_BTD = x_BTD + y_BTD
-            if kappa is not None:
-                column = block.columns.index((cast(int, block.kurtosis_term), "mlp_proj"))
-                late = F.pad(kappa[None], (column, len(block.columns) - 1 - column))
         hidden = wide_norm(self.norm, x_BTD)
-        return hidden.to(linear_dtype(hidden)), late
+        return hidden.to(linear_dtype(hidden)), kappa
 
     def rotary(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, E] for ids [B, T] from the first position on."""
@@ -251,10 +248,16 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x, y, found = block(x, y, cos, sin) if caches is None else block(x, y, cos, sin, caches[i])
             statistics.append(found)
-        hidden, late = self.end_stream(x, y)
-        if late is not None:  # the first block was handed zeros, whose kurtosis is zero
-            statistics[0] = statistics[0] + late
-        return hidden, torch.stack(statistics)
+        hidden, kappa = self.end_stream(x, y)
+        found_LS = torch.stack(statistics)
+        if (
+            kappa is not None
+        ):  # of the MLPs' outputs: a block has given that of the block before, the first one of zeros
+            block = cast(Block, self.blocks[0])
+            column = block.columns.index((cast(int, block.kurtosis_term), "mlp_proj"))
+            own = torch.cat([found_LS[1:, column], kappa[None]])[:, None]
+            found_LS = torch.cat([found_LS[:, :column], own, found_LS[:, column + 1 :]], dim=1)
+        return hidden, found_LS
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         return self.head(hidden_BTD)

@@ -108,20 +108,18 @@ for variant in variants:
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants}
     source = ASTSource(kernel, signature, constants, aligned)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}).asm["ptx"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+        file.write(compiled.asm["ptx"])
         file.flush()
         command = [get_ptxas(90).path, "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    print(said.partition("Used ")[2].partition(" registers")[0])
+    print(said.partition("Used ")[2].partition(" registers")[0], compiled.metadata.shared)
 """
 
 
-def programs_at_once(module: str, types: dict, variants: list[dict], num_warps: int, cache: Path) -> list[int]:
-    """For how many programs of a module's ``_backward_kernel`` a multiprocessor of sm_90 has registers: 65,536.
-
-    One more than run at once is a second wave, and up to twice the time.
+def resources(module: str, types: dict, variants: list[dict], num_warps: int, cache: Path) -> list[tuple[int, int]]:
+    """Registers a thread and bytes of shared memory a program of a module's ``_backward_kernel`` on sm_90.
 
     Args:
         types: Triton's of the arguments that are no float32 pointers.
@@ -132,6 +130,15 @@ def programs_at_once(module: str, types: dict, variants: list[dict], num_warps: 
     environment |= {"TRITON_CACHE_DIR": str(cache)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    registers = [int(line) for line in result.stdout.split()]
-    assert len(registers) == len(variants)
-    return [65536 // (32 * num_warps * (-(-num // 8) * 8)) for num in registers]  # a thread has a multiple of 8
+    numbers = [int(word) for word in result.stdout.split()]
+    assert len(numbers) == 2 * len(variants)
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def programs_at_once(*arguments: Any) -> list[int]:
+    """For how many programs a multiprocessor of sm_90 has registers, 65,536; the arguments of :func:`resources`.
+
+    One more than run at once is a second wave, and up to twice the time.
+    """
+    num_warps = arguments[3]  # a thread has a multiple of 8 registers
+    return [65536 // (32 * num_warps * (-(-num // 8) * 8)) for num, _ in resources(*arguments)]

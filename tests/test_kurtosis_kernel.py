@@ -70,7 +70,7 @@ def test_the_right_output_gets_the_right_gradient_compiled_or_not():
         y, first = tap_token_kurtosis(y * weight, 2)
         z, second = tap_token_kurtosis(y @ y.transpose(-1, -2), 1)
         x, third = tap_token_kurtosis(z.sin(), 1)
-        x = z + x  # as at a block's end: both get the same gradient
+        x = z + x  # both get the same gradient
         return (y + y.sin()).sum() + z.square().sum() + x.exp().sum() + 3 * first + 5 * second + 7 * third
 
     def plain(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from fake_quant_checks import (
     formula,
     poison,
     programs_at_once,
+    resources,
 )
 from lit_actreg_kernels import norm_fake_quant
 from lit_actreg_kernels.training_ops import NOWHERE
@@ -36,9 +37,8 @@ TYPES = [
 
 @pytest.mark.parametrize(("x_dtype", "y_dtype", "value_dtype", "out_dtype"), TYPES)
 @pytest.mark.parametrize(("bits", "integer", "masked"), GRIDS)
-@pytest.mark.parametrize(
-    ("rms", "has_bias", "looks"), [(False, True, NOWHERE), (False, False, LOOKS), (True, False, LOOKS)]
-)
+@pytest.mark.parametrize(("rms", "has_bias"), [(False, True), (False, False), (True, False)])
+@pytest.mark.parametrize("looks", [NOWHERE, LOOKS])
 def test_values_and_gradients(
     monkeypatch, x_dtype, y_dtype, value_dtype, out_dtype, bits, integer, masked, rms, has_bias, looks
 ):
@@ -116,16 +116,32 @@ def test_sums_do_not_depend_on_the_run():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+GRID = {"Q_MIN": -8, "Q_MAX": 7, "INTEGER": True, "MASKED": True, "VALUE_DTYPE": "float32", "DY": True}
+
+
+def types_of(stream: str) -> dict[str, str]:
+    narrow, wide = ["g_ptr", "rows_ptr", "dy_ptr"], ["new_ptr", "d_new_ptr", "dx_ptr"]
+    types = dict.fromkeys(narrow, "*bf16") | dict.fromkeys(wide, stream)
+    return types | dict.fromkeys(["num_rows", "num_looked_at", "K", "T"], "i32")
+
+
 def test_all_programs_of_the_backward_pass_run_at_once(tmp_path):
     """Of rows of 1,024; longer ones take more registers, and two waves that are full."""
     module = norm_fake_quant
-    narrow, wide = ["g_ptr", "rows_ptr", "dy_ptr"], ["new_ptr", "d_new_ptr", "dx_ptr"]
-    grid = {"Q_MIN": -8, "Q_MAX": 7, "INTEGER": True, "MASKED": True, "VALUE_DTYPE": "float32"}
-    grid |= {"DY": True, "BLOCK_K": 1024, "STAGES": module._STAGES}
+    grid = GRID | {"BLOCK_K": 1024, "STAGES": 3}
     looks = [{"FIRST": step // 2, "STEP": step} for step in (0, 4)]
     variants = [grid | look | {"RMS": rms, "HAS_BIAS": not rms} for look in looks for rms in (False, True)]
     for stream in ("*fp32", "*bf16"):
-        types = dict.fromkeys(narrow, "*bf16") | dict.fromkeys(wide, stream)
-        types |= dict.fromkeys(["num_rows", "num_looked_at", "K", "T"], "i32")
-        found = programs_at_once("norm_fake_quant", types, variants, module._num_warps(1024), tmp_path)
+        found = programs_at_once("norm_fake_quant", types_of(stream), variants, module._num_warps(1024), tmp_path)
         assert min(found) >= module._PROGRAMS_PER_PROCESSOR, (stream, found)
+
+
+@pytest.mark.parametrize("block", [2048, 4096, 8192, 16384])
+def test_shared_memory_of_every_gpu_suffices_for_long_rows(tmp_path, block):
+    """LayerNorm with kurtosis, which needs most; the smallest a GPU of sm_80 or later has is 99 KiB."""
+    for stream, row_bytes in (("*fp32", 12), ("*bf16", 8)):
+        variant = GRID | {"BLOCK_K": block, "STAGES": norm_fake_quant._num_stages(row_bytes * block)}
+        variant |= {"RMS": False, "HAS_BIAS": True, "FIRST": 2, "STEP": 4}
+        num_warps = norm_fake_quant._num_warps(block)
+        ((_, shared),) = resources("norm_fake_quant", types_of(stream), [variant], num_warps, tmp_path)
+        assert shared <= 101376, (stream, shared)

@@ -53,7 +53,7 @@ STRATEGIES = ("ddp", "fsdp2")
 # One whose gradient is added in place or by what follows, one as a plugin might have it, a plain function, and one of
 # weights.
 TERMS = (
-    LossTerm(token_kurtosis, ("mlp_proj", "qkv", "mlp_in"), every_nth_token=1),
+    LossTerm(token_kurtosis, ("mlp_proj", "attn_proj", "qkv", "mlp_in"), every_nth_token=1),
     LossTerm(token_kurtosis, ("mlp_in",)),
     LossTerm(kurtosis, ("attn_proj", "qkv"), of="weight"),
 )

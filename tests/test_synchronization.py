@@ -93,7 +93,7 @@ def test_the_host_does_not_wait_for_the_device_between_logs(corpus, tmp_path, mo
 @pytest.mark.parametrize("compile", [False, True])
 def test_no_operation_between_logs_synchronizes(corpus, tmp_path, compile):
     """PyTorch raises an error at one that does."""
-    passed = []
+    modes = []
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -101,13 +101,13 @@ def test_no_operation_between_logs_synchronizes(corpus, tmp_path, compile):
                 torch.cuda.set_sync_debug_mode("error")
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            modes.append(torch.cuda.get_sync_debug_mode())
             if batch_idx == 13:  # before the third
                 torch.cuda.set_sync_debug_mode("default")
-            passed.append(batch_idx)
 
     fit = engine(tmp_path, LossGuard(), Watch(), steps=16, accelerator="gpu", precision="bf16-mixed").fit
     try:
         fit(lit_module(compile=compile), datamodule=datamodule(corpus, batch_size=4))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(passed) == 16
+    assert modes == [0] * 10 + [2] * 4 + [0] * 2

@@ -105,18 +105,26 @@ def test_activations_in_float64(gated):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids"])
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids", "norm"])
 @pytest.mark.parametrize(("shape", "first", "step"), [((2, 9, 12), 2, 4), ((3, 8), 0, 1), ((2, 3, 5, 68), 1, 3)])
 @pytest.mark.parametrize("interpreted", [False, True])
 def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted):
-    """Its value, and its gradient on top of the activation's, by the reference and by the kernels."""
+    """Its value, and its gradient on top of the operator's own, by the reference and by the kernels."""
     if interpreted:
         modules = training_ops.__name__.rpartition(".")[0]
         monkeypatch.setattr(training_ops, "implementation", lambda _, n: importlib.import_module(f"{modules}.{n}"))
     operator, (_, *rest) = samples((first, step, 1e-12))[name]
-    plain = [*rest[:-3], *training_ops.NOWHERE]
     generator = torch.Generator().manual_seed(0)
     h = (torch.randn(shape, generator=generator) * 2 + 0.5).to(DEVICE).requires_grad_()
+    if name == "norm":
+        grid = (*clips(), 1e-5, False, *OPTIONS, torch.float32, torch.float32)
+        whole, rest = operator, (leaf(shape[-1]), leaf(shape[-1]), *grid, first, step, 1e-12)
+
+        def operator(y, *rest):
+            _, x_hat, _, kappa, terms, _ = whole(torch.ones_like(y), y, *rest)
+            return x_hat, kappa, terms
+
+    plain = [*rest[:-3], *training_ops.NOWHERE]
     g = torch.randn(operator(h, *rest)[0].shape, generator=generator).to(DEVICE)
     x_hat, kappa, _ = operator(h, *rest)
     assert torch.equal(x_hat, operator(h, *plain)[0])

@@ -41,7 +41,7 @@ def norm_linear(
     And the kurtosis of y, of one token in so many.
     """
     if not fuses(linear, x):
-        kappa = None
+        kappa = None if every_nth_token is None else x.new_zeros((), dtype=torch.float32)
         if y is not None:
             y, kappa = tap_token_kurtosis(y, every_nth_token)
             x = x + y
