@@ -62,6 +62,10 @@ class LayerCache(NamedTuple):
     position: Tensor
 
 
+# Statistics by loss term and site; None where an operator was not asked
+Found = dict[tuple[int | None, Site], Tensor | None]
+
+
 class Block(nn.Module):
     """One pre-norm block: x ← x + attention(norm(x)), then x ← x + MLP(norm(x)).
 
@@ -108,24 +112,23 @@ class Block(nn.Module):
         self, x_BTD: Tensor, y_BTD: Tensor | None, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         # add → norm → quantize → linear; activation → quantize → linear (fused.py)
-        found: dict[tuple[int, Site], Tensor] = {}
-        kappa: dict[Site, Tensor | None] = {}
-        x_BTD, qkv, kappa["mlp_proj"] = norm_linear(  # of the block before
+        found: Found = {}
+        term = self.kurtosis_term
+        x_BTD, qkv, found[term, "mlp_proj"] = norm_linear(  # of the block before
             self.norm_1, self.qkv, x_BTD, y_BTD, self.every_nth_token("mlp_proj")
         )
         attended = self.attn_proj(self.attend(self.look_at("qkv", qkv, found), cos, sin, cache))
         attended = self.look_at("attn_proj", attended, found)
-        x_BTD, hidden, kappa["attn_proj"] = norm_linear(
+        x_BTD, hidden, found[term, "attn_proj"] = norm_linear(
             self.norm_2, self.mlp_in, x_BTD, attended, self.every_nth_token("attn_proj")
         )
         activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
         hidden = self.look_at("mlp_in", hidden, found)
-        y_BTD, kappa["mlp_in"] = activation_linear(self.mlp_proj, hidden, self.every_nth_token("mlp_in"))
+        y_BTD, found[term, "mlp_in"] = activation_linear(self.mlp_proj, hidden, self.every_nth_token("mlp_in"))
         y_BTD = self.look_at("mlp_proj", y_BTD, found)
         if not self.loss_terms:
             return x_BTD, y_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
-        statistics = [found[i, site] if (i, site) in found else kappa[site] for i, site in self.columns]
-        return x_BTD, y_BTD, torch.stack(cast(list[Tensor], statistics))
+        return x_BTD, y_BTD, torch.stack([cast(Tensor, found[column]) for column in self.columns])
 
     @property
     def columns(self) -> list[tuple[int, Site]]:
@@ -149,7 +152,7 @@ class Block(nn.Module):
         i = self.kurtosis_term
         return None if i is None or site not in self.loss_terms[i].sites else self.loss_terms[i].every_nth_token
 
-    def look_at(self, site: Site, y: Tensor, found: dict[tuple[int, Site], Tensor]) -> Tensor:
+    def look_at(self, site: Site, y: Tensor, found: Found) -> Tensor:
         """Notes the other statistics of a linear and its output; returns the y to go on with."""
         for i, term in enumerate(self.loss_terms):
             if site in term.sites and (i != self.kurtosis_term or site == "qkv"):
@@ -250,9 +253,8 @@ class Decoder(nn.Module):
             statistics.append(found)
         hidden, kappa = self.end_stream(x, y)
         found_LS = torch.stack(statistics)
-        if (
-            kappa is not None
-        ):  # of the MLPs' outputs: a block has given that of the block before, the first one of zeros
+        if kappa is not None:
+            # Of the MLPs' outputs a block has given the statistic of the block before, the first one that of zeros.
             block = cast(Block, self.blocks[0])
             column = block.columns.index((cast(int, block.kurtosis_term), "mlp_proj"))
             own = torch.cat([found_LS[1:, column], kappa[None]])[:, None]
