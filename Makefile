@@ -76,7 +76,7 @@ GPU_TESTS := dependent_launch act_quant norm_quant gelu_quant int4_linear int4_g
   int4_grouped_gemv dequantize int4_hopper int4_hopper_decode int4_tile norm_int4_linear \
   decode_attention int4_block generate ops gptq_columns gptq fake_quant fake_quant_kernel \
   norm_fake_quant gelu_fake_quant swiglu narrow_linear cross_entropy linear_cross_entropy \
-  kurtosis_kernel training_ops replay synchronization
+  rotary kurtosis_kernel training_ops replay synchronization
 test-gpu:  ## kernel tests and those that need a GPU, in the environment at hand
 	$(PYTHON) -m pytest $(GPU_TESTS:%=tests/test_%.py)
 

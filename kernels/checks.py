@@ -15,9 +15,11 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_float(x: Tensor, name: str, double_on_cpu: bool = False) -> None:
-    double = double_on_cpu and x.dtype == torch.float64 and not x.is_cuda
-    check(double or x.dtype in FLOAT_DTYPES, f"{name} is {x.dtype}: cast it to float32, bfloat16 or float16")
+def check_float(x: Tensor, name: str, double: bool = False) -> None:
+    check(
+        x.dtype in FLOAT_DTYPES or (double and x.dtype == torch.float64),
+        f"{name} is {x.dtype}: cast it to float32, bfloat16 or float16",
+    )
 
 
 def check_bits(bits: int) -> None:

@@ -9,7 +9,8 @@ writes it. The backward pass reads h and g and writes dh: 6 bytes a bfloat16 ele
 
 Φ as in :mod:`.gelu_quant`; the backward pass takes the polynomial for float32, too, and φ from the same exponential.
 
-Where the kurtosis of h is regularized, the backward pass adds its gradient (:func:`.kurtosis.add_row_gradient`).
+Where the kurtosis of h is regularized (:mod:`.kurtosis`), the first program of a row looks at all of it, which its
+neighbours read at the same time, and the backward pass adds the gradient.
 
 h contiguous [..., H] or, gated, [..., 2H]; clips [1]. Partial sums as in :mod:`.fake_quant`.
 """
@@ -20,7 +21,7 @@ import triton.language as tl
 from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.gelu_quant import gelu, normal_distribution, swiglu
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import add_row_gradient
+from lit_actreg_kernels.kurtosis import add_row_gradient, empty_looks, look_if_first
 from torch import Tensor
 
 _BLOCK = 1024  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
@@ -34,7 +35,13 @@ def _forward_kernel(
     x_hat_ptr,
     low_ptr,
     high_ptr,
+    kappa_ptr,
+    terms_ptr,
     H,
+    T,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    EPS: tl.constexpr,
     GATED: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
@@ -55,6 +62,9 @@ def _forward_kernel(
     scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
     x_hat = on_grid(y.to(h.dtype), scale, zero_point, Q_MIN, Q_MAX)
     tl.store(x_hat_ptr + row * H + column, x_hat.to(h.dtype), mask=inside)
+    if STEP:
+        N = 2 * H if GATED else H
+        look_if_first(h_ptr, N, tiles, T, kappa_ptr, terms_ptr, FIRST, STEP, EPS, BLOCK)
 
 
 @triton.jit
@@ -120,24 +130,51 @@ def _backward_kernel(
     store_clip_sums(clips_ptr, sum_low, sum_high)
 
 
-def _rows(h: Tensor, gated: bool, looks: bool = False) -> tuple[int, int]:
+def _rows(h: Tensor, gated: bool, looks: bool) -> tuple[int, int]:
     """Rows and columns of the walk; where rows do not matter, all is one."""
     width = h.shape[-1] // 2 if gated else h.shape[-1]
     return (h.numel() // max(1, h.shape[-1]), width) if gated or looks else (1, h.numel())
 
 
 def activation_fake_quantize(
-    h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool
-) -> Tensor:
-    """x̂ [..., H], in the dtype of h, of GELU(h), h [..., H], or of SwiGLU where ``gated``, h [..., 2H]."""
+    h: Tensor,
+    low: Tensor,
+    high: Tensor,
+    gated: bool,
+    bits: int,
+    integer_zero_point: bool,
+    first: int,
+    step: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x̂ [..., H], in the dtype of h, of GELU(h), h [..., H], or of SwiGLU where ``gated``, h [..., 2H].
+
+    And of the R rows of h [..., T, ...] that are looked at (:mod:`.kurtosis`) κ [R] and the terms [R, 4] of their
+    gradients.
+    """
     x_hat = h.new_empty((*h.shape[:-1], h.shape[-1] // 2)) if gated else torch.empty_like(h)
+    kappa, terms = empty_looks(h, first, step)
     if x_hat.numel():
-        rows, width = _rows(h, gated)
-        q_min, q_max = code_range(bits)
+        rows, width = _rows(h, gated, step > 0)
         visible(_forward_kernel)[(rows * triton.cdiv(width, _BLOCK),)](
-            h, x_hat, low, high, width, gated, q_min, q_max, integer_zero_point, BLOCK=_BLOCK, num_warps=4
+            h,
+            x_hat,
+            low,
+            high,
+            kappa,
+            terms,
+            width,
+            h.shape[-2] if step else 1,
+            first,
+            step,
+            eps,
+            gated,
+            *code_range(bits),
+            integer_zero_point,
+            BLOCK=_BLOCK,
+            num_warps=4,
         )
-    return x_hat
+    return x_hat, kappa, terms
 
 
 def activation_fake_quantize_backward(

@@ -7,15 +7,15 @@ With c = y − μ, v = mean c², m₃ = mean c³, m₄ = mean c⁴ over a token'
 A regularizer looks at one token in ``step``, from ``first`` on in every sequence. All other tokens have no gradient
 from it. κ̄ is the mean over the R tokens looked at; its gradient is added to what the rest of the network gave y.
 
-Where a kernel reads y anyway it looks at its rows as well (:func:`look_at_row`), and where one reads or writes y's
-gradient anyway it adds κ̄'s (:func:`add_row_gradient`): behind a linear that feeds the residual stream both are in
-:mod:`.norm_fake_quant`, behind the one that feeds the MLP's activation the latter is in :mod:`.gelu_fake_quant` and
-:mod:`.swiglu`. Elsewhere the kernels here go over the rows looked at alone. Bytes a bfloat16 feature looked at: 2
+Where a kernel reads y anyway it looks at its rows as well, and where one writes y's gradient anyway it adds κ̄'s: that
+is so behind all linears, in :mod:`.rotary`, :mod:`.norm_fake_quant`, :mod:`.gelu_fake_quant` and :mod:`.swiglu`. For
+other places there are the kernels here, which go over the rows looked at alone. Bytes a bfloat16 feature looked at: 2
 forward, 6 backward; written out as a gradient of y's own and added by autograd, with one token in four, it is 2 + 8 +
 6 · 4. The forward pass leaves what the backward pass takes of a row: μ, 4 / (N d), m₃ and m₄ v / d.
 
-One program a row, which is read once and stays in registers: two-pass moments, float32. y, g contiguous [..., T, N], of
-any float dtype but float64; N ≤ 65,536. No autograd in here (:mod:`.training_ops`).
+Moments are float32, in two passes: over registers (:func:`look_at_row`; N ≤ 65,536), or, for a program that otherwise
+has no whole row, over memory that is in a cache by then (:func:`look_at_stored_row`). y, g contiguous [..., T, N], of
+any float dtype but float64. No autograd in here (:mod:`.training_ops`).
 """
 
 import torch
@@ -44,12 +44,9 @@ def _add_triples(a, b, c, d, e, f):
 
 
 @triton.jit
-def look_at_row(y, inside, N, place, kappa_ptr, terms_ptr, EPS: tl.constexpr):
-    """Stores κ and its gradient's terms of a whole row y, at its place."""
-    mean = tl.sum(y.to(tl.float32), 0) / N
-    c = tl.where(inside, y.to(tl.float32) - mean, 0.0)
-    squares = c * c
-    v, m3, m4 = tl.reduce((squares, squares * c, squares * squares), 0, _add_triples)
+def _store_kappa(mean, v, m3, m4, N, place, kappa_ptr, terms_ptr, EPS: tl.constexpr):
+    """κ and its gradient's terms of sums v, m3, m4 [BLOCK] of the powers of c."""
+    v, m3, m4 = tl.reduce((v, m3, m4), 0, _add_triples)
     v, m3, m4 = v / N, m3 / N, m4 / N
     d = v * v + EPS
     tl.store(kappa_ptr + place, m4 / d)
@@ -58,6 +55,52 @@ def look_at_row(y, inside, N, place, kappa_ptr, terms_ptr, EPS: tl.constexpr):
     tl.store(terms_ptr + 1, 4.0 / (N * d))
     tl.store(terms_ptr + 2, m3)
     tl.store(terms_ptr + 3, m4 * v / d)
+
+
+@triton.jit
+def look_at_row(y, inside, N, place, kappa_ptr, terms_ptr, EPS: tl.constexpr):
+    """Stores κ and its gradient's terms of a whole row y, at its place."""
+    mean = tl.sum(y.to(tl.float32), 0) / N
+    c = tl.where(inside, y.to(tl.float32) - mean, 0.0)
+    _store_kappa(mean, c * c, c * c * c, c * c * (c * c), N, place, kappa_ptr, terms_ptr, EPS)
+
+
+@triton.jit
+def look_at_stored_row(y_ptr, N, place, kappa_ptr, terms_ptr, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same of the row at ``y_ptr``."""
+    n = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, BLOCK):
+        total += tl.load(y_ptr + start + n, mask=start + n < N, other=0.0).to(tl.float32)
+    mean = tl.sum(total, 0) / N
+    v, m3, m4 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, BLOCK):
+        y = tl.load(y_ptr + start + n, mask=start + n < N, other=0.0).to(tl.float32)
+        c = tl.where(start + n < N, y - mean, 0.0)
+        v += c * c
+        m3 += c * c * c
+        m4 += c * c * (c * c)
+    _store_kappa(mean, v, m3, m4, N, place, kappa_ptr, terms_ptr, EPS)
+
+
+@triton.jit
+def look_if_first(
+    y_ptr,
+    N,
+    tiles,
+    T,
+    kappa_ptr,
+    terms_ptr,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first of the ``tiles`` programs that share a row of y [..., T, N] looks at all of it, if anybody does."""
+    row = tl.program_id(0) // tiles
+    if (tl.program_id(0) % tiles == 0) & looked_at(row, T, FIRST, STEP):
+        place = place_of(row, T, FIRST, STEP)
+        look_at_stored_row(y_ptr + row.to(tl.int64) * N, N, place, kappa_ptr, terms_ptr, EPS, BLOCK)
 
 
 @triton.jit
@@ -139,13 +182,18 @@ def num_looked_at(y: Tensor, first: int, step: int) -> int:
     return y[..., 0, 0].numel() * ((y.shape[-2] - first + step - 1) // step) if step else 0
 
 
+def empty_looks(y: Tensor, first: int, step: int) -> tuple[Tensor, Tensor]:
+    """Where κ of the R tokens looked at goes, float32 [R], and its gradients' terms [R, 4]."""
+    num_rows = num_looked_at(y, first, step)
+    return y.new_empty(num_rows, dtype=torch.float32), y.new_empty((num_rows, 4), dtype=torch.float32)
+
+
 def token_kurtosis(y: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
     """κ of the tokens looked at, float32 [R], and their gradients' terms [R, 4]."""
     num_tokens, num_columns = y.shape[-2:]
-    num_rows = num_looked_at(y, first, step)
-    kappa, terms = (y.new_empty(shape, dtype=torch.float32) for shape in ((num_rows,), (num_rows, 4)))
+    kappa, terms = empty_looks(y, first, step)
     block = triton.next_power_of_2(num_columns)
-    visible(_forward_kernel)[(num_rows,)](
+    visible(_forward_kernel)[(kappa.numel(),)](
         y, kappa, terms, num_tokens, num_columns, first, step, eps, BLOCK=block, num_warps=_num_warps(block)
     )
     return kappa, terms

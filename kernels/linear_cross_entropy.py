@@ -23,7 +23,7 @@ def _linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignored: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The sum of losses, and its gradient by the logits if one is wanted."""
-    check_float(x, "x", double_on_cpu=True)
+    check_float(x, "x", double=True)
     fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1]
     check(fits, f"x {list(x.shape)} and the head's weight {list(weight.shape)} make no logits: flatten the tokens")
     one_each = targets.shape == x.shape[:1] and targets.dtype == torch.int64 and targets.device == x.device

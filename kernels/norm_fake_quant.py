@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import load_terms, look_at_row, looked_at, num_looked_at, place_of, row_gradient
+from lit_actreg_kernels.kurtosis import empty_looks, load_terms, look_at_row, looked_at, place_of, row_gradient
 from lit_actreg_kernels.norm_quant import normalize
 from torch import Tensor
 
@@ -238,9 +238,8 @@ def add_norm_fake_quantize(
     num_rows = x.numel() // max(1, num_columns)
     new, x_hat = torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
     statistics = x.new_empty((2, num_rows), dtype=torch.float32)
-    num_looks = num_looked_at(y, first, step)
-    kappa, terms = (y.new_empty(shape, dtype=torch.float32) for shape in ((num_looks,), (num_looks, 4)))
-    rows = y.new_empty((num_looks, num_columns))
+    kappa, terms = empty_looks(y, first, step)
+    rows = y.new_empty((kappa.numel(), num_columns))
     if x.numel():
         q_min, q_max = code_range(bits)
         block = triton.next_power_of_2(num_columns)

@@ -21,6 +21,7 @@ so both are exact for an integer zero point; a fractional ("real") one rounds on
 
 import torch
 from lit_actreg_kernels import grid
+from lit_actreg_kernels.training_reference import turn
 from torch import Tensor
 from torch.nn import functional
 
@@ -171,16 +172,14 @@ def decode_attention(
     heads = qkv.view(num_batch, -1, 1, width)  # [B, H + 2G, T = 1, E]
     num_heads = heads.shape[1] - 2 * num_groups
 
-    def rotate(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(keys.dtype)
-
     q, k, v = heads.split([num_heads, num_groups, num_groups], dim=1)
-    keys.index_copy_(2, position, rotate(k))
+    keys.index_copy_(2, position, turn(k, cos, sin).to(keys.dtype))
     values.index_copy_(2, position, v.to(values.dtype))
     visible = torch.arange(length, device=qkv.device) <= position[:, None]
     grouped = num_heads != num_groups
-    y = functional.scaled_dot_product_attention(rotate(q), keys, values, attn_mask=visible, enable_gqa=grouped)
+    y = functional.scaled_dot_product_attention(
+        turn(q, cos, sin).to(keys.dtype), keys, values, attn_mask=visible, enable_gqa=grouped
+    )
     y = y.to(qkv.dtype).reshape(num_batch, num_heads * width)
     if scale is None:
         return y

@@ -5,7 +5,7 @@
 The gradient moves 10 bytes a bfloat16 element of y, where a compiler's code moves 14: it reads its inputs once for
 either half of dh. Behind y a grid that spans what it finds, min to max, clips nothing: its gradient is
 straight-through, that of y. y is rounded to the dtype of h before it meets the grid, and never goes to memory. Where
-the kurtosis of h is regularized, its gradient is added (:func:`.kurtosis.add_row_gradient`).
+the kurtosis of h is regularized (:mod:`.kurtosis`), it comes along as in :mod:`.gelu_fake_quant`.
 
 h and dh contiguous [..., 2H]; g and x̂ [..., H], x̂ in G groups of C = H / G columns.
 """
@@ -17,7 +17,7 @@ from lit_actreg_kernels.act_quant import grid_of_interval
 from lit_actreg_kernels.fake_quant import on_grid, visible
 from lit_actreg_kernels.gelu_quant import swiglu
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import add_row_gradient
+from lit_actreg_kernels.kurtosis import add_row_gradient, empty_looks, look_if_first
 from torch import Tensor
 
 _BLOCK = 1024
@@ -58,45 +58,61 @@ def _backward_kernel(
 def _grouped_kernel(
     h_ptr,
     x_hat_ptr,
-    num_groups,
+    kappa_ptr,
+    terms_ptr,
     G,
     C,
+    T,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    EPS: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    group, c = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C)
-    at = (group // G) * 2 * G * C + (group % G) * C  # of its gates; the up half is G · C further
-    offsets, inside = at[:, None] + c[None, :], (group < num_groups)[:, None] & (c < C)[None, :]
-    gate = tl.load(h_ptr + offsets, mask=inside, other=0.0)
-    up = tl.load(h_ptr + offsets + G * C, mask=inside, other=0.0)
+    tiles = tl.cdiv(G, BLOCK_G)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    group, c = (tl.program_id(0) % tiles) * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C)
+    column, inside = group[:, None] * C + c[None, :], (group < G)[:, None] & (c < C)[None, :]
+    gate = tl.load(h_ptr + row * 2 * G * C + column, mask=inside, other=0.0)
+    up = tl.load(h_ptr + row * 2 * G * C + G * C + column, mask=inside, other=0.0)
     y = swiglu(gate.to(tl.float32), up.to(tl.float32)).to(gate.dtype).to(tl.float32)
     # the padding's zeros do no harm: the grid includes zero anyway
     scale, zero_point = grid_of_interval(tl.min(y, 1), tl.max(y, 1), Q_MIN, Q_MAX, INTEGER=True)
     x_hat = on_grid(y, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX)
-    tl.store(x_hat_ptr + group[:, None] * C + c[None, :], x_hat.to(gate.dtype), mask=inside)
+    tl.store(x_hat_ptr + row * G * C + column, x_hat.to(gate.dtype), mask=inside)
+    if STEP:
+        look_if_first(h_ptr, 2 * G * C, tiles, T, kappa_ptr, terms_ptr, FIRST, STEP, EPS, BLOCK_G * BLOCK_C)
 
 
-def swiglu_fake_quantize_per_token(h: Tensor, bits: int, num_groups: int) -> Tensor:
-    """x̂ [..., H] of h [..., 2H], in its dtype."""
+def swiglu_fake_quantize_per_token(
+    h: Tensor, bits: int, num_groups: int, first: int, step: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x̂ [..., H] of h [..., 2H], in its dtype; κ [R] and terms [R, 4] as in :mod:`.gelu_fake_quant`."""
     x_hat = h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
+    kappa, terms = empty_looks(h, first, step)
     if x_hat.numel():
         columns = x_hat.shape[-1] // num_groups
-        total, block_c = x_hat.numel() // columns, triton.next_power_of_2(columns)
-        block_g = max(1, _BLOCK // block_c)
-        visible(_grouped_kernel)[(triton.cdiv(total, block_g),)](
+        block_c = triton.next_power_of_2(columns)
+        block_g = max(1, min(_BLOCK // block_c, triton.next_power_of_2(num_groups)))
+        visible(_grouped_kernel)[(h.numel() // h.shape[-1] * triton.cdiv(num_groups, block_g),)](
             h,
             x_hat,
-            total,
+            kappa,
+            terms,
             num_groups,
             columns,
+            h.shape[-2] if step else 1,
+            first,
+            step,
+            eps,
             *code_range(bits),
             BLOCK_G=block_g,
             BLOCK_C=block_c,
-            num_warps=max(4, min(16, block_c // 512)),
+            num_warps=max(1, min(16, block_g * block_c // 256)),
         )
-    return x_hat
+    return x_hat, kappa, terms
 
 
 def swiglu_backward(g: Tensor, h: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int) -> Tensor:

@@ -8,15 +8,17 @@
 
 and, not about quantization but as near to the linears:
 
+    rotate                    qkv → q and k at their rotary positions, v, κ̄ of qkv
     token_kurtosis            y → y, κ̄
     swiglu                    [gate, up] → silu(gate) · up
 
-Each is a ``torch.library.triton_op`` whose backward is one too (kurtosis: an autograd.Function around two): eager
-PyTorch, activation checkpointing, DDP and FSDP2 see ordinary operators, torch.compile sees through them to the kernels,
-and launches these from the code it generates (called as an operator, each would cost some 40 µs of Python, more than
-the kernel itself takes on a small model). The body of an operator says its shapes to the compiler, too. Triton on a GPU
-(sm_80 or later), :mod:`.training_reference` elsewhere; float64 runs on the reference alone, on a CPU. Sums over tokens
-leave a backward as partial sums, one a program, and are added here, where the compiler fuses the additions.
+Each is a ``torch.library.triton_op`` whose backward is one too (those that give their argument back, or a part of it:
+an autograd.Function around two): eager PyTorch, activation checkpointing, DDP and FSDP2 see ordinary operators,
+torch.compile sees through them to the kernels, and launches these from the code it generates (called as an operator,
+each would cost some 40 µs of Python, more than the kernel itself takes on a small model). The body of an operator says
+its shapes to the compiler, too. Triton on a GPU (sm_80 or later), :mod:`.training_reference` elsewhere and in float64.
+Sums over tokens leave a backward as partial sums, one a program, and are added here, where the compiler fuses the
+additions.
 
 Who edits a kernel of a backward pass clears the compiler's cache (``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``): its key
 does not know the kernels behind an operator.
@@ -25,7 +27,8 @@ The *sum* is in the norm's operator for its gradient, too: that of the residual 
 backward pass for one read, where outside it would cost two reads and a write of the whole stream.
 
 *Kurtosis* comes along where a pass reads or writes what it needs anyway: of y with the norm's operator, of h with those
-behind the MLP's activation. ``looks`` is (first, step, ε): at which tokens (:mod:`.kurtosis`); with step 0, at none.
+of the MLP's activation, of qkv with the rotary positions. ``looks`` is (first, step, ε): at which tokens
+(:mod:`.kurtosis`); with step 0, at none.
 
 Clips c⁻ < c⁺ are [1]; ``masked`` says that an x outside them has no gradient. A mistake in the arguments raises a
 ValueError of one line, already while compiling.
@@ -45,13 +48,13 @@ from torch import Tensor
 
 def implementation(x: Tensor, module: str) -> ModuleType:
     """Who computes it for x: a module of kernels, or the reference."""
-    if x.is_cuda and has_triton_kernels(x.device.index):
+    if x.is_cuda and x.dtype != torch.float64 and has_triton_kernels(x.device.index):
         return importlib.import_module(f"lit_actreg_kernels.{module}")
     return training_reference
 
 
 def _check(x: Tensor, low: Tensor, high: Tensor, bits: int) -> None:
-    check_float(x, "x", double_on_cpu=True)
+    check_float(x, "x", double=True)
     check_bits(bits)
     for name, clip in (("low", low), ("high", high)):
         if clip.numel() != 1:
@@ -101,14 +104,6 @@ fake_quantize.register_autograd(_backward_of_fake_quantize, setup_context=_keep_
 # The MLP's activation: h → x̂, κ̄
 
 
-def _mean_kurtosis(h: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
-    """κ̄ of the tokens looked at, and what its gradient wants."""
-    if not step:
-        return h.new_empty(0, dtype=torch.float32), h.new_empty((0, 4), dtype=torch.float32)
-    kappa, terms = implementation(h, "kurtosis").token_kurtosis(h, first, step, eps)
-    return kappa.mean(), terms
-
-
 @torch.library.triton_op("lit_actreg::activation_fake_quantize", mutates_args=())
 def _activation_fake_quantize(
     h: Tensor,
@@ -125,8 +120,9 @@ def _activation_fake_quantize(
     _check(h, low, high, bits)
     if gated:
         check_halves(h, "h")
-    function, h = implementation(h, "gelu_fake_quant").activation_fake_quantize, h.contiguous()
-    return function(h, low, high, gated, bits, integer_zero_point), *_mean_kurtosis(h, first, step, eps)
+    function, looks = implementation(h, "gelu_fake_quant").activation_fake_quantize, (first, step, eps)
+    x_hat, kappa, terms = function(h.contiguous(), low, high, gated, bits, integer_zero_point, *looks)
+    return x_hat, kappa.mean() if step else kappa, terms
 
 
 @torch.library.triton_op("lit_actreg::activation_fake_quantize_backward", mutates_args=())
@@ -190,7 +186,7 @@ def swiglu_fake_quantize(h: Tensor, *arguments: Any, looks: Looks = NOWHERE) -> 
 @torch.library.triton_op("lit_actreg::swiglu", mutates_args=())
 def swiglu(h: Tensor) -> Tensor:
     """silu(gate) · up [..., H] for h = [gate, up] [..., 2H], in its dtype."""
-    check_float(h, "h", double_on_cpu=True)
+    check_float(h, "h", double=True)
     check_halves(h, "h")
     gate, up = h.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -212,12 +208,13 @@ swiglu.register_autograd(
 def _swiglu_fake_quantize_per_token(
     h: Tensor, bits: int, num_groups: int, first: int, step: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_float(h, "h", double_on_cpu=True)
+    check_float(h, "h", double=True)
     check_bits(bits)
     divide = num_groups >= 1 and h.shape[-1] % (2 * num_groups) == 0
     check(divide, f"{num_groups} groups do not divide the halves of h, which has {h.shape[-1]} columns")
-    function, h = implementation(h, "swiglu").swiglu_fake_quantize_per_token, h.contiguous()
-    return function(h, bits, num_groups), *_mean_kurtosis(h, first, step, eps)
+    function = implementation(h, "swiglu").swiglu_fake_quantize_per_token
+    x_hat, kappa, terms = function(h.contiguous(), bits, num_groups, first, step, eps)
+    return x_hat, kappa.mean() if step else kappa, terms
 
 
 def _keep_per_token(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -338,6 +335,76 @@ def add_norm_fake_quantize(
     return new, x_hat, kappa
 
 
+# Rotary positions: qkv → q, k, v, κ̄
+
+
+@torch.library.triton_op("lit_actreg::rotate", mutates_args=())
+def _rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_groups: int, first: int, step: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (qkv.contiguous(), cos.contiguous(), sin.contiguous(), num_heads, num_groups, first, step, eps)
+    q, k, kappa, terms = implementation(qkv, "rotary").rotate(*arguments)
+    return q, k, kappa.mean() if step else kappa, terms
+
+
+@torch.library.triton_op("lit_actreg::rotate_backward", mutates_args=())
+def _rotate_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    terms: Tensor,
+    d_kappa: Tensor,
+    first: int,
+    step: int,
+) -> Tensor:
+    tensors = [t.contiguous() for t in (dq, dk, dv, qkv, cos, sin)]
+    return implementation(qkv, "rotary").rotate_backward(*tensors, terms, d_kappa, first, step)
+
+
+class _Rotate(torch.autograd.Function):
+    """Not an operator: v is a part of qkv, and its gradient comes here, too, for one pass over all three."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        num_groups: int,
+        first: int,
+        step: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, k, kappa, terms = _rotate(qkv, cos, sin, num_heads, num_groups, first, step, eps)
+        ctx.save_for_backward(qkv, cos, sin, terms)
+        ctx.tokens = (first, step)
+        return q, k, qkv.unflatten(-1, (-1, cos.shape[-1]))[..., num_heads + num_groups :, :], kappa
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, d_kappa: Tensor) -> tuple[Tensor | None, ...]:
+        return _rotate_backward(dq, dk, dv, *ctx.saved_tensors, d_kappa, *ctx.tokens), *[None] * 7
+
+
+def rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_groups: int, looks: Looks = NOWHERE
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q [..., T, H, E] and k [..., T, G, E] at their positions, v [..., T, G, E], and κ̄ of qkv [..., T, (H + 2G) E].
+
+    Args:
+        cos, sin: Of the positions, [T, E], halves repeated.
+    """
+    check_float(qkv, "qkv", double=True)
+    width = cos.shape[-1]
+    fits = width % 2 == 0 and qkv.shape[-1] == (num_heads + 2 * num_groups) * width
+    check(fits, f"qkv has {qkv.shape[-1]} columns, not {num_heads} + 2 · {num_groups} heads of an even width {width}")
+    check(cos.shape == sin.shape == (qkv.shape[-2], width), f"cos {list(cos.shape)} are not of {qkv.shape[-2]} tokens")
+    return _Rotate.apply(qkv, cos, sin, num_heads, num_groups, *looks)
+
+
 # Kurtosis of a linear's output: y → y, κ̄
 
 
@@ -375,5 +442,5 @@ def token_kurtosis(y: Tensor, first: int, step: int, eps: float) -> tuple[Tensor
     Who goes on with the y returned sends its gradient by here, where the gradient of κ̄ is added to it: that costs the
     rows looked at, while a gradient of y that autograd adds costs three passes over all of y.
     """
-    check_float(y, "y", double_on_cpu=True)
+    check_float(y, "y", double=True)
     return _TokenKurtosis.apply(y, first, step, eps)

@@ -1,10 +1,11 @@
 """Plain PyTorch ground truth of the fused training operators, gradients written out, in any precision.
 
-On a CPU the operators run it; a fit there takes fused operators for kurtosis only (``InputQuantizer.fuses``).
+On a CPU the operators run it; a fit there takes fused operators for kurtosis and rotary positions only
+(``InputQuantizer.fuses``).
 
 The functions mirror those of :mod:`.fake_quant`, :mod:`.gelu_fake_quant`, :mod:`.swiglu`, :mod:`.norm_fake_quant`,
-:mod:`.kurtosis` and :mod:`.cross_entropy`, where the formulas stand; here the partial sums have one program. Arithmetic
-is float32, or float64 for float64 inputs.
+:mod:`.rotary`, :mod:`.kurtosis` and :mod:`.cross_entropy`, where the formulas stand; here the partial sums have one
+program. Arithmetic is float32, or float64 for float64 inputs.
 """
 
 import math
@@ -58,10 +59,19 @@ def _activation(h: Tensor, gated: bool) -> Tensor:
 
 
 def activation_fake_quantize(
-    h: Tensor, low: Tensor, high: Tensor, gated: bool, bits: int, integer_zero_point: bool
-) -> Tensor:
-    """x̂ [..., H] of GELU(h), h [..., H], or of SwiGLU, h = [gate, up] [..., 2H]."""
-    return fake_quantize(_activation(_wide(h), gated).to(h.dtype), low, high, bits, integer_zero_point)
+    h: Tensor,
+    low: Tensor,
+    high: Tensor,
+    gated: bool,
+    bits: int,
+    integer_zero_point: bool,
+    first: int,
+    step: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x̂ [..., H] of GELU(h), h [..., H], or of SwiGLU, h = [gate, up] [..., 2H]; κ [R] and terms [R, 4] of h."""
+    x_hat = fake_quantize(_activation(_wide(h), gated).to(h.dtype), low, high, bits, integer_zero_point)
+    return x_hat, *token_kurtosis(h, first, step, eps)
 
 
 def activation_fake_quantize_backward(
@@ -91,13 +101,15 @@ def activation_fake_quantize_backward(
     return dh.to(h.dtype), clips
 
 
-def swiglu_fake_quantize_per_token(h: Tensor, bits: int, num_groups: int) -> Tensor:
-    """x̂ [..., H] of h [..., 2H], in its dtype."""
+def swiglu_fake_quantize_per_token(
+    h: Tensor, bits: int, num_groups: int, first: int, step: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x̂ [..., H] of h [..., 2H], in its dtype; κ [R] and terms [R, 4] of h."""
     y = _wide(_activation(_wide(h), True).to(h.dtype)).unflatten(-1, (num_groups, -1))
     scale, zero_point = grid.grid_per_token(y, bits)
     q_min, q_max = grid.code_range(bits)
     codes = (y / scale + zero_point).round().clamp(q_min, q_max)
-    return ((codes - zero_point) * scale).flatten(-2).to(h.dtype)
+    return ((codes - zero_point) * scale).flatten(-2).to(h.dtype), *token_kurtosis(h, first, step, eps)
 
 
 def swiglu_backward(g: Tensor, h: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int) -> Tensor:
@@ -184,6 +196,42 @@ def add_norm_fake_quantize_backward(
             looked_at = dy[..., first::step, :]
             looked_at += _row_gradients(rows, terms, d_kappa).view(looked_at.shape)
     return dx.to(new.dtype), dy.to(y_dtype), parameters, clips
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x [..., E] at their positions; cos and sin [..., E] broadcast, and their dtype is what it is done in."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_groups: int, first: int, step: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q [..., T, H, E] and k [..., T, G, E], in the dtype of qkv; κ [R] and terms [R, 4] of qkv."""
+    q, k, _ = qkv.unflatten(-1, (-1, cos.shape[-1])).split([num_heads, num_groups, num_groups], dim=-2)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = turn(q, cos, sin).to(qkv.dtype), turn(k, cos, sin).to(qkv.dtype)
+    return *turned, *token_kurtosis(qkv, first, step, eps)
+
+
+def rotate_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    terms: Tensor,
+    d_kappa: Tensor,
+    first: int,
+    step: int,
+) -> Tensor:
+    """The gradient of qkv, in its dtype."""
+    cos, sin = cos[:, None], sin[:, None]
+    d_qkv = torch.cat([turn(dq, cos, -sin), turn(dk, cos, -sin), _wide(dv)], dim=-2).flatten(-2)
+    if step:
+        add_kurtosis_gradient(d_qkv, qkv, terms, d_kappa, first, step)
+    return d_qkv.to(qkv.dtype)
 
 
 def _looked_at(y: Tensor, first: int, step: int) -> Tensor:

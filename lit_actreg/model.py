@@ -14,14 +14,14 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from lit_actreg_kernels import ops
+from lit_actreg_kernels import ops, training_ops
 from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
 from lit_actreg.contracts import LossTerm
 from lit_actreg.quant.fused import gelu_linear, norm_linear, swiglu_linear, wide_norm
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
-from lit_actreg.quant.statistics import tap_token_kurtosis
+from lit_actreg.quant.statistics import looks, tap_token_kurtosis
 
 
 def rotary_angles(num_tokens: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -30,14 +30,6 @@ def rotary_angles(num_tokens: int, head_width: int, theta: float, device: torch.
     angles = torch.outer(torch.arange(num_tokens, device=device).float(), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotary positions to x [B, T, H, E]; cos and sin [T, E]."""
-    cos, sin = cos[:, None, : x.shape[-1] // 2], sin[:, None, : x.shape[-1] // 2]
-    first, second = x.chunk(2, dim=-1)
-    # stacked, not concatenated: compiled, a concatenation reads its inputs once for either half of its output
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2).flatten(-2)
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
@@ -92,21 +84,25 @@ class Block(nn.Module):
         self.mlp_in = QuantLinear(width, hidden if neox else 2 * hidden, neox, "mlp_in", quant)
         self.mlp_proj = QuantLinear(hidden, width, neox, "mlp_proj", quant, GELU_MINIMUM if neox else None)
 
-    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Causal attention: [B, T, (H + 2G)·E] → [B, T, D]; with a cache, also to the tokens in it."""
+    def attend(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, every_nth_token: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Causal attention: [B, T, (H + 2G)·E] → [B, T, D]; with a cache, also to the tokens in it.
+
+        And the kurtosis of ``qkv``, of one token in so many.
+        """
         c = self.config
         num_batch, num_tokens, _ = qkv.shape
         if cache is not None and num_tokens == 1:
-            return ops.decode_attention(qkv[:, 0], cos, sin, *cache)[:, None]
+            qkv, kappa = tap_token_kurtosis(qkv, every_nth_token)
+            return ops.decode_attention(qkv[:, 0], cos, sin, *cache)[:, None], kappa
         # All stays in the order [B, T, H, E]; attention takes views, and lays its output out as it finds q: no copies.
-        heads = qkv.view(num_batch, num_tokens, c.num_heads + 2 * c.kv_heads, c.head_width)
-        q, k, v = heads.split([c.num_heads, c.kv_heads, c.kv_heads], dim=2)
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        q, k, v, kappa = training_ops.rotate(qkv, cos, sin, c.num_heads, c.kv_heads, looks(num_tokens, every_nth_token))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             cache.keys[:, :, :num_tokens], cache.values[:, :, :num_tokens] = k, v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.kv_heads != c.num_heads)
-        return y.transpose(1, 2).reshape(num_batch, num_tokens, c.width)
+        return y.transpose(1, 2).reshape(num_batch, num_tokens, c.width), kappa
 
     def forward(
         self, x_BTD: Tensor, y_BTD: Tensor | None, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
@@ -117,8 +113,9 @@ class Block(nn.Module):
         x_BTD, qkv, found[term, "mlp_proj"] = norm_linear(  # of the block before
             self.norm_1, self.qkv, x_BTD, y_BTD, self.every_nth_token("mlp_proj")
         )
-        attended = self.attn_proj(self.attend(self.look_at("qkv", qkv, found), cos, sin, cache))
-        attended = self.look_at("attn_proj", attended, found)
+        qkv = self.look_at("qkv", qkv, found)
+        attended, found[term, "qkv"] = self.attend(qkv, cos, sin, cache, self.every_nth_token("qkv"))
+        attended = self.look_at("attn_proj", self.attn_proj(attended), found)
         x_BTD, hidden, found[term, "attn_proj"] = norm_linear(
             self.norm_2, self.mlp_in, x_BTD, attended, self.every_nth_token("attn_proj")
         )
@@ -144,7 +141,7 @@ class Block(nn.Module):
 
     @property
     def kurtosis_term(self) -> int | None:
-        """The loss term whose statistic operators compute on the way, of all sites but "qkv"."""
+        """The loss term whose statistic operators compute on the way."""
         return next((i for i, term in enumerate(self.loss_terms) if term.every_nth_token is not None), None)
 
     def every_nth_token(self, site: Site) -> int | None:
@@ -155,7 +152,7 @@ class Block(nn.Module):
     def look_at(self, site: Site, y: Tensor, found: Found) -> Tensor:
         """Notes the other statistics of a linear and its output; returns the y to go on with."""
         for i, term in enumerate(self.loss_terms):
-            if site in term.sites and (i != self.kurtosis_term or site == "qkv"):
+            if site in term.sites and i != self.kurtosis_term:
                 y, found[i, site] = term.look_at(y, getattr(self, site).weight)
         return y
 

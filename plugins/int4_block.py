@@ -86,7 +86,8 @@ class Int4Block(Block):
             codes = ops.decode_attention(qkv[:, 0], cos, sin, *cache, *grid_of(attn_proj))[:, None]
             x_BTD = attn_proj.forward_codes(codes, x_BTD.dtype, residual=x_BTD)
         else:
-            x_BTD = attn_proj(self.attend(qkv, cos, sin, cache), residual=x_BTD)
+            attended, _ = self.attend(qkv, cos, sin, cache)
+            x_BTD = attn_proj(attended, residual=x_BTD)
         if mlp_proj.act_scale is None:
             hidden = mlp_in.forward_norm(x_BTD, norm_2)
             activated = F.gelu(hidden) if self.config.style == "neox" else swiglu(hidden)

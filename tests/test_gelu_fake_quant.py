@@ -38,7 +38,7 @@ def test_values_and_gradients(monkeypatch, dtype, bits, integer, masked, gated, 
     expected.backward(g.double())
     poison(monkeypatch)
     h, g = h.to(DEVICE), g.to(DEVICE)
-    x_hat = gelu_fake_quant.activation_fake_quantize(h, *clips(), gated, bits, integer)
+    x_hat, *_ = gelu_fake_quant.activation_fake_quantize(h, *clips(), gated, bits, integer, 0, 0, 0.0)
     dh, sums = backward(g, h, gated, bits, integer, masked)
     assert x_hat.dtype == dh.dtype == dtype
     assert_near(x_hat, expected.detach(), dtype)

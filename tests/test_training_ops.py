@@ -105,7 +105,7 @@ def test_activations_in_float64(gated):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids", "norm"])
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids", "norm", "rotate"])
 @pytest.mark.parametrize(("shape", "first", "step"), [((2, 9, 12), 2, 4), ((3, 8), 0, 1), ((2, 3, 5, 68), 1, 3)])
 @pytest.mark.parametrize("interpreted", [False, True])
 def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted):
@@ -113,7 +113,7 @@ def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted
     if interpreted:
         modules = training_ops.__name__.rpartition(".")[0]
         monkeypatch.setattr(training_ops, "implementation", lambda _, n: importlib.import_module(f"{modules}.{n}"))
-    operator, (_, *rest) = samples((first, step, 1e-12))[name]
+    operator, (_, *rest) = samples((first, step, 1e-12)).get(name, (None, (None,)))
     generator = torch.Generator().manual_seed(0)
     h = (torch.randn(shape, generator=generator) * 2 + 0.5).to(DEVICE).requires_grad_()
     if name == "norm":
@@ -123,6 +123,13 @@ def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted
         def operator(y, *rest):
             _, x_hat, _, kappa, terms, _ = whole(torch.ones_like(y), y, *rest)
             return x_hat, kappa, terms
+
+    elif name == "rotate":
+        rest = (*torch.randn(2, shape[-2], 2, device=DEVICE), shape[-1] // 2 - 2, 1, first, step, 1e-12)
+
+        def operator(qkv, *rest):
+            q, k, v, kappa = training_ops._Rotate.apply(qkv, *rest)
+            return torch.cat([q, k, v], dim=-2), kappa, None
 
     plain = [*rest[:-3], *training_ops.NOWHERE]
     g = torch.randn(operator(h, *rest)[0].shape, generator=generator).to(DEVICE)

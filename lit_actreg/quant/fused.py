@@ -81,7 +81,7 @@ def gelu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None) 
 
 def swiglu(hidden: Tensor) -> Tensor:
     """silu(gate) · up for hidden = [gate, up]: [..., 2H] → [..., H]."""
-    if hidden.is_cuda and hidden.dtype != torch.float64:
+    if hidden.is_cuda:
         return training_ops.swiglu(hidden)
     gate, up = hidden.chunk(2, dim=-1)
     return F.silu(gate) * up

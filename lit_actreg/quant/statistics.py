@@ -48,8 +48,6 @@ def tap_token_kurtosis(y: Tensor, every_nth_token: int | None) -> tuple[Tensor, 
     """The y to go on with, and :func:`token_kurtosis` of it (None: of no token)."""
     if every_nth_token is None:
         return y, None
-    if y.is_cuda and y.dtype == torch.float64:  # no Triton kernel is that precise
-        return y, token_kurtosis(y, every_nth_token)
     return training_ops.token_kurtosis(y, *looks(y.shape[-2], every_nth_token))
 
 

@@ -1,0 +1,228 @@
+"""Rotary positions for training: one pass each way over what the linear before attention gives.
+
+    qkv [B, T, (H + 2G) E] → q [B, T, H, E], k [B, T, G, E]        (a, b) → (a cos − b sin, b cos + a sin)
+
+a and b are the halves of a head (the GPT-NeoX and Llama convention), cos and sin those of its token. v stays where it
+is. The backward pass turns the gradients of q and k back, and writes them and v's where qkv's belong.
+
+Where the kurtosis of qkv is regularized (:mod:`.kurtosis`), the passes have most of a row in their hands anyway: the
+forward pass reads v of the rows looked at besides, the backward pass those rows.
+
+One program a token. Tensors contiguous, of any float dtype but float64; cos and sin float32 [T, E], halves repeated;
+E even. No autograd in here (:mod:`.training_ops`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from lit_actreg_kernels.fake_quant import visible
+from lit_actreg_kernels.kurtosis import empty_looks, load_terms, look_if_first, looked_at, place_of, row_gradient
+from torch import Tensor
+
+_LOOK_BLOCK = 1024
+
+
+@triton.jit
+def _angles(cos_ptr, sin_ptr, t, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """cos and sin of a token [1, E / 2]."""
+    e = tl.arange(0, BLOCK_E)[None, :]
+    return tl.load(cos_ptr + t * E + e, mask=e < E // 2), tl.load(sin_ptr + t * E + e, mask=e < E // 2)
+
+
+@triton.jit
+def _first_halves(num_heads, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Where the first halves of a token's heads are, and what of them there is."""
+    head, e = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_E)[None, :]
+    return head * E + e, (head < num_heads) & (e < E // 2)
+
+
+@triton.jit
+def _turn(from_ptr, cos, sin, at, inside, E: tl.constexpr):
+    """Both halves of heads, turned, float32."""
+    a = tl.load(from_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(from_ptr + at + E // 2, mask=inside, other=0.0).to(tl.float32)
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def _store(to_ptr, a, b, at, inside, E: tl.constexpr):
+    tl.store(to_ptr + at, a.to(to_ptr.dtype.element_ty), mask=inside)
+    tl.store(to_ptr + at + E // 2, b.to(to_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _forward_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    kappa_ptr,
+    terms_ptr,
+    T,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    LOOK_BLOCK: tl.constexpr,
+):
+    row, N = tl.program_id(0), (H + 2 * G) * E
+    token = row.to(tl.int64)
+    cos, sin = _angles(cos_ptr, sin_ptr, row % T, E, BLOCK_E)
+    at, inside = _first_halves(H, E, BLOCK_H, BLOCK_E)
+    a, b = _turn(qkv_ptr + token * N, cos, sin, at, inside, E)
+    _store(q_ptr + token * H * E, a, b, at, inside, E)
+    at, inside = _first_halves(G, E, BLOCK_G, BLOCK_E)
+    a, b = _turn(qkv_ptr + token * N + H * E, cos, sin, at, inside, E)
+    _store(k_ptr + token * G * E, a, b, at, inside, E)
+    if STEP:
+        look_if_first(qkv_ptr, N, 1, T, kappa_ptr, terms_ptr, FIRST, STEP, EPS, LOOK_BLOCK)
+
+
+@triton.jit
+def _turn_back(
+    from_ptr,
+    y_ptr,
+    to_ptr,
+    cos,
+    sin,
+    wanted,
+    terms,
+    d_kappa,
+    num_heads,
+    STEP: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """The gradient of some of a token's heads, with kurtosis' added if ``wanted``: without a branch, to load early."""
+    at, inside = _first_halves(num_heads, E, BLOCK, BLOCK_E)
+    a, b = _turn(from_ptr, cos, -sin, at, inside, E)
+    if STEP:
+        _, seen = _first_halves(tl.where(wanted, num_heads, 0), E, BLOCK, BLOCK_E)
+        first = tl.load(y_ptr + at, mask=seen, other=0.0).to(tl.float32)
+        second = tl.load(y_ptr + at + E // 2, mask=seen, other=0.0).to(tl.float32)
+        a += tl.where(wanted, row_gradient(first, terms, d_kappa), 0.0)
+        b += tl.where(wanted, row_gradient(second, terms, d_kappa), 0.0)
+    _store(to_ptr, a, b, at, inside, E)
+
+
+@triton.jit
+def _backward_kernel(
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    terms_ptr,
+    d_kappa_ptr,
+    d_qkv_ptr,
+    num_looked_at,
+    T,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    row, N = tl.program_id(0), (H + 2 * G) * E
+    token = row.to(tl.int64)
+    cos, sin = _angles(cos_ptr, sin_ptr, row % T, E, BLOCK_E)
+    wanted, terms, d_kappa = False, (0.0, 0.0, 0.0, 0.0), 0.0
+    if STEP:
+        wanted = looked_at(row, T, FIRST, STEP)
+        terms = load_terms(terms_ptr, tl.where(wanted, place_of(row, T, FIRST, STEP), 0), wanted)
+        d_kappa = tl.load(d_kappa_ptr).to(tl.float32) / num_looked_at
+    y_ptr, to_ptr = qkv_ptr + token * N, d_qkv_ptr + token * N
+    looks = (wanted, terms, d_kappa)
+    _turn_back(dq_ptr + token * H * E, y_ptr, to_ptr, cos, sin, *looks, H, STEP, E, BLOCK_H, BLOCK_E)
+    y_ptr, to_ptr = y_ptr + H * E, to_ptr + H * E
+    _turn_back(dk_ptr + token * G * E, y_ptr, to_ptr, cos, sin, *looks, G, STEP, E, BLOCK_G, BLOCK_E)
+    y_ptr, to_ptr = y_ptr + G * E, to_ptr + G * E
+    _turn_back(dv_ptr + token * G * E, y_ptr, to_ptr, 1.0, 0.0, *looks, G, STEP, E, BLOCK_G, BLOCK_E)
+
+
+def _sizes(num_heads: int, num_groups: int, width: int) -> dict[str, int]:
+    """Of the blocks; 8 elements of either half a thread."""
+    blocks = [triton.next_power_of_2(size) for size in (num_heads, num_groups, width // 2)]
+    num_warps = max(1, min(8, blocks[0] * blocks[2] // 256))
+    return dict(zip(("BLOCK_H", "BLOCK_G", "BLOCK_E"), blocks, strict=True)) | {"num_warps": num_warps}
+
+
+def rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_groups: int, first: int, step: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q [..., T, H, E] and k [..., T, G, E], turned, of qkv [..., T, (H + 2G) E], in its dtype.
+
+    And of the R rows of qkv that are looked at (:mod:`.kurtosis`) κ [R] and the terms [R, 4] of their gradients.
+    """
+    width = cos.shape[-1]
+    q, k = (qkv.new_empty((*qkv.shape[:-1], heads, width)) for heads in (num_heads, num_groups))
+    kappa, terms = empty_looks(qkv, first, step)
+    if qkv.numel():
+        visible(_forward_kernel)[(qkv.numel() // qkv.shape[-1],)](
+            qkv,
+            cos,
+            sin,
+            q,
+            k,
+            kappa,
+            terms,
+            qkv.shape[-2],
+            num_heads,
+            num_groups,
+            width,
+            first,
+            step,
+            eps,
+            LOOK_BLOCK=_LOOK_BLOCK,
+            **_sizes(num_heads, num_groups, width),
+        )
+    return q, k, kappa, terms
+
+
+def rotate_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    terms: Tensor,
+    d_kappa: Tensor,
+    first: int,
+    step: int,
+) -> Tensor:
+    """The gradient of qkv, in its dtype, of those of q [..., T, H, E], k and v [..., T, G, E]; d_kappa one value."""
+    d_qkv = torch.empty_like(qkv)
+    num_heads, num_groups, width = dq.shape[-2], dk.shape[-2], cos.shape[-1]
+    if qkv.numel():
+        visible(_backward_kernel)[(qkv.numel() // qkv.shape[-1],)](
+            dq,
+            dk,
+            dv,
+            qkv,
+            cos,
+            sin,
+            terms,
+            d_kappa,
+            d_qkv,
+            terms.shape[0],
+            qkv.shape[-2],
+            num_heads,
+            num_groups,
+            width,
+            first,
+            step,
+            **_sizes(num_heads, num_groups, width),
+        )
+    return d_qkv
