@@ -9,8 +9,8 @@ writes it. The backward pass reads h and g and writes dh: 6 bytes a bfloat16 ele
 
 Φ as in :mod:`.gelu_quant`; the backward pass takes the polynomial for float32, too, and φ from the same exponential.
 
-Where the kurtosis of h is regularized (:mod:`.kurtosis`), the first program of a row looks at all of it, which its
-neighbours read at the same time, and the backward pass adds the gradient.
+Where the kurtosis of h is regularized (:mod:`.kurtosis`), the forward pass looks at its tiles of a row, which are
+joined then, and the backward pass adds the gradient.
 
 h contiguous [..., H] or, gated, [..., 2H]; clips [1]. Partial sums as in :mod:`.fake_quant`.
 """
@@ -19,12 +19,12 @@ import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
-from lit_actreg_kernels.gelu_quant import gelu, normal_distribution, swiglu
+from lit_actreg_kernels.gelu_quant import gelu, normal_distribution, sigmoid, swiglu
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import add_row_gradient, empty_looks, look_if_first
+from lit_actreg_kernels.kurtosis import add_row_gradient, empty_tiles, joined, look_at_tile, looked_at, tiles_of
 from torch import Tensor
 
-_BLOCK = 1024  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
+_BLOCK, _NUM_WARPS = 1024, 2  # 16 elements a thread: what is done once a thread takes as long as 5 elements do
 # As many as run at once in 16 bits, which registers decide (a test holds them to it): without kurtosis and with it
 _PROGRAMS_PER_PROCESSOR, _PROGRAMS_WITH_KURTOSIS = 8, 6
 
@@ -35,22 +35,21 @@ def _forward_kernel(
     x_hat_ptr,
     low_ptr,
     high_ptr,
-    kappa_ptr,
-    terms_ptr,
+    tiles_ptr,
     H,
     T,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
-    EPS: tl.constexpr,
     GATED: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     INTEGER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tiles = tl.cdiv(H, BLOCK)
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    num_tiles = tl.cdiv(H, BLOCK)
+    row = (tl.program_id(0) // num_tiles).to(tl.int64)
+    tile = tl.program_id(0) % num_tiles
+    column = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H
     if GATED:
         h = tl.load(h_ptr + row * 2 * H + column, mask=inside, other=0.0)
@@ -63,8 +62,10 @@ def _forward_kernel(
     x_hat = on_grid(y.to(h.dtype), scale, zero_point, Q_MIN, Q_MAX)
     tl.store(x_hat_ptr + row * H + column, x_hat.to(h.dtype), mask=inside)
     if STEP:
-        N = 2 * H if GATED else H
-        look_if_first(h_ptr, N, tiles, T, kappa_ptr, terms_ptr, FIRST, STEP, EPS, BLOCK)
+        if looked_at(row.to(tl.int32), T, FIRST, STEP):
+            tile_ptr = tiles_of(tiles_ptr, row.to(tl.int32), num_tiles, T, FIRST, STEP) + 5 * tile
+            num = tl.minimum(BLOCK, H - tile * BLOCK) * (2 if GATED else 1)
+            look_at_tile(h, up if GATED else h, inside, num, tile_ptr, GATED)
 
 
 @triton.jit
@@ -103,8 +104,8 @@ def _backward_kernel(
             at = row * 2 * H + column
             gate = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
             up = tl.load(h_ptr + at + H, mask=inside, other=0.0).to(tl.float32)
-            sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-            y = gate * sigmoid * up
+            share = sigmoid(gate)
+            y = gate * share * up
         else:
             at = row * H + column
             h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -115,8 +116,8 @@ def _backward_kernel(
         sum_low += d_low
         sum_high += d_high
         if GATED:
-            d_gate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-            d_up = dy * gate * sigmoid
+            d_gate = dy * up * share * (1.0 + gate * (1.0 - share))
+            d_up = dy * gate * share
             if STEP:
                 d_gate = add_row_gradient(d_gate, gate, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
                 d_up = add_row_gradient(d_up, up, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
@@ -153,28 +154,27 @@ def activation_fake_quantize(
     gradients.
     """
     x_hat = h.new_empty((*h.shape[:-1], h.shape[-1] // 2)) if gated else torch.empty_like(h)
-    kappa, terms = empty_looks(h, first, step)
+    rows, width = _rows(h, gated, step > 0)
+    num_tiles = triton.cdiv(width, _BLOCK)
+    tiles = empty_tiles(h, num_tiles, first, step)
     if x_hat.numel():
-        rows, width = _rows(h, gated, step > 0)
-        visible(_forward_kernel)[(rows * triton.cdiv(width, _BLOCK),)](
+        visible(_forward_kernel)[(rows * num_tiles,)](
             h,
             x_hat,
             low,
             high,
-            kappa,
-            terms,
+            tiles,
             width,
             h.shape[-2] if step else 1,
             first,
             step,
-            eps,
             gated,
             *code_range(bits),
             integer_zero_point,
             BLOCK=_BLOCK,
-            num_warps=4,
+            num_warps=_NUM_WARPS,
         )
-    return x_hat, kappa, terms
+    return x_hat, *joined(tiles, h.shape[-1], eps)
 
 
 def activation_fake_quantize_backward(
@@ -222,6 +222,6 @@ def activation_fake_quantize_backward(
         integer_zero_point,
         masked,
         BLOCK=_BLOCK,
-        num_warps=4,
+        num_warps=_NUM_WARPS,
     )
     return dh, clips

@@ -13,9 +13,13 @@ other places there are the kernels here, which go over the rows looked at alone.
 forward, 6 backward; written out as a gradient of y's own and added by autograd, with one token in four, it is 2 + 8 +
 6 · 4. The forward pass leaves what the backward pass takes of a row: μ, 4 / (N d), m₃ and m₄ v / d.
 
-Moments are float32, in two passes: over registers (:func:`look_at_row`; N ≤ 65,536), or, for a program that otherwise
-has no whole row, over memory that is in a cache by then (:func:`look_at_stored_row`). y, g contiguous [..., T, N], of
-any float dtype but float64. No autograd in here (:mod:`.training_ops`).
+Moments are float32, of a tile of a row in two passes over registers (:func:`look_at_tile`). Tiles are joined exactly:
+with n values in a tile and δ its mean less the row's, the row has the sums over its tiles of
+
+    Σc² + n δ²        Σc³ + 3 δ Σc² + n δ³        Σc⁴ + 4 δ Σc³ + 6 δ² Σc² + n δ⁴
+
+y, g contiguous [..., T, N], of any float dtype but float64; here a tile is a row, N ≤ 65,536. No autograd in here
+(:mod:`.training_ops`).
 """
 
 import torch
@@ -23,6 +27,8 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.fake_quant import visible
 from torch import Tensor
+
+_JOIN_BLOCK = 128  # tiles: one a thread
 
 
 @triton.jit
@@ -44,63 +50,59 @@ def _add_triples(a, b, c, d, e, f):
 
 
 @triton.jit
-def _store_kappa(mean, v, m3, m4, N, place, kappa_ptr, terms_ptr, EPS: tl.constexpr):
-    """κ and its gradient's terms of sums v, m3, m4 [BLOCK] of the powers of c."""
+def tiles_of(tiles_ptr, row, num_tiles, T, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """Where the first of a row's tiles has its five numbers."""
+    return tiles_ptr + 5 * num_tiles * place_of(row, T, FIRST, STEP)
+
+
+@triton.jit
+def look_at_tile(y, z, inside, num, tile_ptr, TWO: tl.constexpr):
+    """Stores n, mean, Σc², Σc³ and Σc⁴ of the ``num`` values of y (TWO: of y and z) inside; outside they are zero."""
+    y, z, inside = tl.ravel(y.to(tl.float32), True), tl.ravel(z.to(tl.float32), True), tl.ravel(inside, True)
+    mean = tl.sum(y + z if TWO else y, 0) / num
+    c = tl.where(inside, y - mean, 0.0)
+    v, m3, m4 = c * c, c * c * c, c * c * (c * c)
+    if TWO:
+        c = tl.where(inside, z - mean, 0.0)
+        v, m3, m4 = v + c * c, m3 + c * c * c, m4 + c * c * (c * c)
     v, m3, m4 = tl.reduce((v, m3, m4), 0, _add_triples)
-    v, m3, m4 = v / N, m3 / N, m4 / N
-    d = v * v + EPS
-    tl.store(kappa_ptr + place, m4 / d)
-    terms_ptr += 4 * place
-    tl.store(terms_ptr, mean)
-    tl.store(terms_ptr + 1, 4.0 / (N * d))
-    tl.store(terms_ptr + 2, m3)
-    tl.store(terms_ptr + 3, m4 * v / d)
+    tl.store(tile_ptr, num * 1.0)
+    tl.store(tile_ptr + 1, mean)
+    tl.store(tile_ptr + 2, v)
+    tl.store(tile_ptr + 3, m3)
+    tl.store(tile_ptr + 4, m4)
 
 
 @triton.jit
-def look_at_row(y, inside, N, place, kappa_ptr, terms_ptr, EPS: tl.constexpr):
-    """Stores κ and its gradient's terms of a whole row y, at its place."""
-    mean = tl.sum(y.to(tl.float32), 0) / N
-    c = tl.where(inside, y.to(tl.float32) - mean, 0.0)
-    _store_kappa(mean, c * c, c * c * c, c * c * (c * c), N, place, kappa_ptr, terms_ptr, EPS)
-
-
-@triton.jit
-def look_at_stored_row(y_ptr, N, place, kappa_ptr, terms_ptr, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """The same of the row at ``y_ptr``."""
-    n = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N, BLOCK):
-        total += tl.load(y_ptr + start + n, mask=start + n < N, other=0.0).to(tl.float32)
-    mean = tl.sum(total, 0) / N
-    v, m3, m4 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N, BLOCK):
-        y = tl.load(y_ptr + start + n, mask=start + n < N, other=0.0).to(tl.float32)
-        c = tl.where(start + n < N, y - mean, 0.0)
-        v += c * c
-        m3 += c * c * c
-        m4 += c * c * (c * c)
-    _store_kappa(mean, v, m3, m4, N, place, kappa_ptr, terms_ptr, EPS)
-
-
-@triton.jit
-def look_if_first(
-    y_ptr,
-    N,
-    tiles,
-    T,
+def _join_kernel(
+    tiles_ptr,
     kappa_ptr,
     terms_ptr,
-    FIRST: tl.constexpr,
-    STEP: tl.constexpr,
+    num_rows,
+    num_tiles,
+    N,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
 ):
-    """The first of the ``tiles`` programs that share a row of y [..., T, N] looks at all of it, if anybody does."""
-    row = tl.program_id(0) // tiles
-    if (tl.program_id(0) % tiles == 0) & looked_at(row, T, FIRST, STEP):
-        place = place_of(row, T, FIRST, STEP)
-        look_at_stored_row(y_ptr + row.to(tl.int64) * N, N, place, kappa_ptr, terms_ptr, EPS, BLOCK)
+    row, tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_TILES)[None, :]
+    inside = (row < num_rows)[:, None] & (tile < num_tiles)
+    ptr = tiles_ptr + 5 * (row[:, None] * num_tiles + tile)
+    n, mean = tl.load(ptr, mask=inside, other=0.0), tl.load(ptr + 1, mask=inside, other=0.0)
+    c2, c3 = tl.load(ptr + 2, mask=inside, other=0.0), tl.load(ptr + 3, mask=inside, other=0.0)
+    c4 = tl.load(ptr + 4, mask=inside, other=0.0)
+    row_mean = tl.sum(n * mean, 1) / N
+    d = mean - row_mean[:, None]
+    v = tl.sum(c2 + n * d * d, 1) / N
+    m3 = tl.sum(c3 + 3.0 * d * c2 + n * d * d * d, 1) / N
+    m4 = tl.sum(c4 + 4.0 * d * c3 + 6.0 * d * d * c2 + n * (d * d) * (d * d), 1) / N
+    d = v * v + EPS
+    tl.store(kappa_ptr + row, m4 / d, mask=row < num_rows)
+    terms_ptr += 4 * row
+    tl.store(terms_ptr, row_mean, mask=row < num_rows)
+    tl.store(terms_ptr + 1, 4.0 / (N * d), mask=row < num_rows)
+    tl.store(terms_ptr + 2, m3, mask=row < num_rows)
+    tl.store(terms_ptr + 3, m4 * v / d, mask=row < num_rows)
 
 
 @triton.jit
@@ -136,20 +138,10 @@ def _row_in_sequences(T, FIRST: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
-    y_ptr,
-    kappa_ptr,
-    terms_ptr,
-    T,
-    N,
-    FIRST: tl.constexpr,
-    STEP: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _forward_kernel(y_ptr, tiles_ptr, T, N, FIRST: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
     row, n = _row_in_sequences(T, FIRST, STEP), tl.arange(0, BLOCK)
     y = tl.load(y_ptr + row * N + n, mask=n < N, other=0.0)
-    look_at_row(y, n < N, N, tl.program_id(0), kappa_ptr, terms_ptr, EPS)
+    look_at_tile(y, y, n < N, N, tiles_ptr + 5 * tl.program_id(0), TWO=False)
 
 
 @triton.jit
@@ -182,21 +174,32 @@ def num_looked_at(y: Tensor, first: int, step: int) -> int:
     return y[..., 0, 0].numel() * ((y.shape[-2] - first + step - 1) // step) if step else 0
 
 
-def empty_looks(y: Tensor, first: int, step: int) -> tuple[Tensor, Tensor]:
-    """Where κ of the R tokens looked at goes, float32 [R], and its gradients' terms [R, 4]."""
-    num_rows = num_looked_at(y, first, step)
-    return y.new_empty(num_rows, dtype=torch.float32), y.new_empty((num_rows, 4), dtype=torch.float32)
+def empty_tiles(y: Tensor, num_tiles: int, first: int, step: int) -> Tensor:
+    """Where what is seen of the tiles of the R rows looked at goes, float32 [R, tiles, 5]."""
+    return y.new_empty((num_looked_at(y, first, step), num_tiles, 5), dtype=torch.float32)
+
+
+def joined(tiles: Tensor, num_columns: int, eps: float) -> tuple[Tensor, Tensor]:
+    """κ of the tokens looked at, float32 [R], and their gradients' terms [R, 4], of all their tiles."""
+    num_rows, num_tiles, _ = tiles.shape
+    kappa, terms = tiles.new_empty(num_rows), tiles.new_empty((num_rows, 4))
+    if num_rows:
+        block_tiles = triton.next_power_of_2(num_tiles)
+        block = max(1, _JOIN_BLOCK // block_tiles)
+        sizes = (num_rows, num_tiles, num_columns, eps, block, block_tiles)
+        visible(_join_kernel)[(triton.cdiv(num_rows, block),)](tiles, kappa, terms, *sizes, num_warps=4)
+    return kappa, terms
 
 
 def token_kurtosis(y: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
     """κ of the tokens looked at, float32 [R], and their gradients' terms [R, 4]."""
     num_tokens, num_columns = y.shape[-2:]
-    kappa, terms = empty_looks(y, first, step)
+    tiles = empty_tiles(y, 1, first, step)
     block = triton.next_power_of_2(num_columns)
-    visible(_forward_kernel)[(kappa.numel(),)](
-        y, kappa, terms, num_tokens, num_columns, first, step, eps, BLOCK=block, num_warps=_num_warps(block)
+    visible(_forward_kernel)[(tiles.shape[0],)](
+        y, tiles, num_tokens, num_columns, first, step, BLOCK=block, num_warps=_num_warps(block)
     )
-    return kappa, terms
+    return joined(tiles, num_columns, eps)
 
 
 def add_kurtosis_gradient(g: Tensor, y: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int) -> None:

@@ -26,7 +26,16 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import empty_looks, load_terms, look_at_row, looked_at, place_of, row_gradient
+from lit_actreg_kernels.kurtosis import (
+    empty_tiles,
+    joined,
+    load_terms,
+    look_at_tile,
+    looked_at,
+    place_of,
+    row_gradient,
+    tiles_of,
+)
 from lit_actreg_kernels.norm_quant import normalize
 from torch import Tensor
 
@@ -35,13 +44,12 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 @triton.jit
-def _look_and_keep(y, K, T, kappa_ptr, terms_ptr, rows_ptr, FIRST: tl.constexpr, STEP: tl.constexpr, EPS: tl.constexpr):
-    """Of this program's row y, if it is looked at: kurtosis, its gradient's terms, and a copy."""
+def _look_and_keep(y, K, T, tiles_ptr, rows_ptr, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """Of this program's row y, if it is looked at: what kurtosis takes, and a copy."""
     row, k = tl.program_id(0), tl.arange(0, y.shape[0])
     if looked_at(row, T, FIRST, STEP):
-        place = place_of(row, T, FIRST, STEP)
-        tl.store(rows_ptr + place.to(tl.int64) * K + k, y, mask=k < K)
-        look_at_row(y, k < K, K, place, kappa_ptr, terms_ptr, EPS)
+        tl.store(rows_ptr + place_of(row, T, FIRST, STEP).to(tl.int64) * K + k, y, mask=k < K)
+        look_at_tile(y, y, k < K, K, tiles_of(tiles_ptr, row, 1, T, FIRST, STEP), TWO=False)
 
 
 @triton.jit
@@ -55,8 +63,7 @@ def _forward_kernel(
     new_ptr,
     x_hat_ptr,
     statistics_ptr,
-    kappa_ptr,
-    terms_ptr,
+    tiles_ptr,
     rows_ptr,
     K,
     T,
@@ -69,7 +76,6 @@ def _forward_kernel(
     INTEGER: tl.constexpr,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
-    KURTOSIS_EPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -78,7 +84,7 @@ def _forward_kernel(
     x = tl.load(x_ptr + row * K + k, mask=inside, other=0.0)
     y = tl.load(y_ptr + row * K + k, mask=inside, other=0.0)
     if STEP:
-        _look_and_keep(y, K, T, kappa_ptr, terms_ptr, rows_ptr, FIRST, STEP, KURTOSIS_EPS)
+        _look_and_keep(y, K, T, tiles_ptr, rows_ptr, FIRST, STEP)
     x = (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
     tl.store(new_ptr + row * K + k, x, mask=inside)
     value, mean, factor = normalize(x.to(tl.float32), inside, K, EPS, RMS)
@@ -238,8 +244,8 @@ def add_norm_fake_quantize(
     num_rows = x.numel() // max(1, num_columns)
     new, x_hat = torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
     statistics = x.new_empty((2, num_rows), dtype=torch.float32)
-    kappa, terms = empty_looks(y, first, step)
-    rows = y.new_empty((kappa.numel(), num_columns))
+    tiles = empty_tiles(y, 1, first, step)
+    rows = y.new_empty((tiles.shape[0], num_columns))
     if x.numel():
         q_min, q_max = code_range(bits)
         block = triton.next_power_of_2(num_columns)
@@ -253,8 +259,7 @@ def add_norm_fake_quantize(
             new,
             x_hat,
             statistics,
-            kappa,
-            terms,
+            tiles,
             rows,
             num_columns,
             x.shape[-2] if step else 1,
@@ -267,11 +272,10 @@ def add_norm_fake_quantize(
             INTEGER=integer_zero_point,
             FIRST=first,
             STEP=step,
-            KURTOSIS_EPS=kurtosis_eps,
             BLOCK_K=block,
             num_warps=_num_warps(block),
         )
-    return new, x_hat, statistics, kappa, terms, rows
+    return new, x_hat, statistics, *joined(tiles, num_columns, kurtosis_eps), rows
 
 
 def add_norm_fake_quantize_backward(

@@ -16,10 +16,17 @@ import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.fake_quant import visible
-from lit_actreg_kernels.kurtosis import empty_looks, load_terms, look_if_first, looked_at, place_of, row_gradient
+from lit_actreg_kernels.kurtosis import (
+    empty_tiles,
+    joined,
+    load_terms,
+    look_at_tile,
+    looked_at,
+    place_of,
+    row_gradient,
+    tiles_of,
+)
 from torch import Tensor
-
-_LOOK_BLOCK = 1024
 
 
 @triton.jit
@@ -37,17 +44,21 @@ def _first_halves(num_heads, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.c
 
 
 @triton.jit
-def _turn(from_ptr, cos, sin, at, inside, E: tl.constexpr):
-    """Both halves of heads, turned, float32."""
-    a = tl.load(from_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(from_ptr + at + E // 2, mask=inside, other=0.0).to(tl.float32)
+def _load(ptr, at, inside, E: tl.constexpr):
+    """Both halves of heads, float32."""
+    a = tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return a, tl.load(ptr + at + E // 2, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _turn(a, b, cos, sin):
     return a * cos - b * sin, b * cos + a * sin
 
 
 @triton.jit
-def _store(to_ptr, a, b, at, inside, E: tl.constexpr):
-    tl.store(to_ptr + at, a.to(to_ptr.dtype.element_ty), mask=inside)
-    tl.store(to_ptr + at + E // 2, b.to(to_ptr.dtype.element_ty), mask=inside)
+def _store(ptr, a, b, at, inside, E: tl.constexpr):
+    tl.store(ptr + at, a.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + at + E // 2, b.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -57,31 +68,36 @@ def _forward_kernel(
     sin_ptr,
     q_ptr,
     k_ptr,
-    kappa_ptr,
-    terms_ptr,
+    tiles_ptr,
     T,
     H: tl.constexpr,
     G: tl.constexpr,
     E: tl.constexpr,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
-    EPS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    LOOK_BLOCK: tl.constexpr,
 ):
-    row, N = tl.program_id(0), (H + 2 * G) * E
+    row = tl.program_id(0)
     token = row.to(tl.int64)
+    qkv_ptr += token * (H + 2 * G) * E
     cos, sin = _angles(cos_ptr, sin_ptr, row % T, E, BLOCK_E)
-    at, inside = _first_halves(H, E, BLOCK_H, BLOCK_E)
-    a, b = _turn(qkv_ptr + token * N, cos, sin, at, inside, E)
-    _store(q_ptr + token * H * E, a, b, at, inside, E)
+    at, of_q = _first_halves(H, E, BLOCK_H, BLOCK_E)
+    q_a, q_b = _load(qkv_ptr, at, of_q, E)
+    a, b = _turn(q_a, q_b, cos, sin)
+    _store(q_ptr + token * H * E, a, b, at, of_q, E)
     at, inside = _first_halves(G, E, BLOCK_G, BLOCK_E)
-    a, b = _turn(qkv_ptr + token * N + H * E, cos, sin, at, inside, E)
+    k_a, k_b = _load(qkv_ptr + H * E, at, inside, E)
+    a, b = _turn(k_a, k_b, cos, sin)
     _store(k_ptr + token * G * E, a, b, at, inside, E)
     if STEP:
-        look_if_first(qkv_ptr, N, 1, T, kappa_ptr, terms_ptr, FIRST, STEP, EPS, LOOK_BLOCK)
+        if looked_at(row, T, FIRST, STEP):
+            tiles_ptr = tiles_of(tiles_ptr, row, 3, T, FIRST, STEP)
+            look_at_tile(q_a, q_b, of_q, H * E, tiles_ptr, TWO=True)
+            look_at_tile(k_a, k_b, inside, G * E, tiles_ptr + 5, TWO=True)
+            v_a, v_b = _load(qkv_ptr + (H + G) * E, at, inside, E)
+            look_at_tile(v_a, v_b, inside, G * E, tiles_ptr + 10, TWO=True)
 
 
 @triton.jit
@@ -102,11 +118,11 @@ def _turn_back(
 ):
     """The gradient of some of a token's heads, with kurtosis' added if ``wanted``: without a branch, to load early."""
     at, inside = _first_halves(num_heads, E, BLOCK, BLOCK_E)
-    a, b = _turn(from_ptr, cos, -sin, at, inside, E)
+    a, b = _load(from_ptr, at, inside, E)
+    a, b = _turn(a, b, cos, -sin)
     if STEP:
         _, seen = _first_halves(tl.where(wanted, num_heads, 0), E, BLOCK, BLOCK_E)
-        first = tl.load(y_ptr + at, mask=seen, other=0.0).to(tl.float32)
-        second = tl.load(y_ptr + at + E // 2, mask=seen, other=0.0).to(tl.float32)
+        first, second = _load(y_ptr, at, seen, E)
         a += tl.where(wanted, row_gradient(first, terms, d_kappa), 0.0)
         b += tl.where(wanted, row_gradient(second, terms, d_kappa), 0.0)
     _store(to_ptr, a, b, at, inside, E)
@@ -152,9 +168,9 @@ def _backward_kernel(
 
 
 def _sizes(num_heads: int, num_groups: int, width: int) -> dict[str, int]:
-    """Of the blocks; 8 elements of either half a thread."""
+    """Of the blocks; 4 elements of either half of q a thread."""
     blocks = [triton.next_power_of_2(size) for size in (num_heads, num_groups, width // 2)]
-    num_warps = max(1, min(8, blocks[0] * blocks[2] // 256))
+    num_warps = max(1, min(8, blocks[0] * blocks[2] // 128))
     return dict(zip(("BLOCK_H", "BLOCK_G", "BLOCK_E"), blocks, strict=True)) | {"num_warps": num_warps}
 
 
@@ -167,7 +183,7 @@ def rotate(
     """
     width = cos.shape[-1]
     q, k = (qkv.new_empty((*qkv.shape[:-1], heads, width)) for heads in (num_heads, num_groups))
-    kappa, terms = empty_looks(qkv, first, step)
+    tiles = empty_tiles(qkv, 3, first, step)
     if qkv.numel():
         visible(_forward_kernel)[(qkv.numel() // qkv.shape[-1],)](
             qkv,
@@ -175,19 +191,16 @@ def rotate(
             sin,
             q,
             k,
-            kappa,
-            terms,
+            tiles,
             qkv.shape[-2],
             num_heads,
             num_groups,
             width,
             first,
             step,
-            eps,
-            LOOK_BLOCK=_LOOK_BLOCK,
             **_sizes(num_heads, num_groups, width),
         )
-    return q, k, kappa, terms
+    return q, k, *joined(tiles, qkv.shape[-1], eps)
 
 
 def rotate_backward(

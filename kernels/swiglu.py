@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from lit_actreg_kernels.act_quant import grid_of_interval
 from lit_actreg_kernels.fake_quant import on_grid, visible
-from lit_actreg_kernels.gelu_quant import swiglu
+from lit_actreg_kernels.gelu_quant import sigmoid, swiglu
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import add_row_gradient, empty_looks, look_if_first
+from lit_actreg_kernels.kurtosis import add_row_gradient, empty_tiles, joined, look_at_tile, looked_at, tiles_of
 from torch import Tensor
 
 _BLOCK = 1024
@@ -45,8 +45,8 @@ def _backward_kernel(
     g = tl.load(g_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(h_ptr + at + H, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    d_gate, d_up = g * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), g * gate * sigmoid
+    share = sigmoid(gate)
+    d_gate, d_up = g * up * share * (1.0 + gate * (1.0 - share)), g * gate * share
     if STEP:
         d_gate = add_row_gradient(d_gate, gate, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
         d_up = add_row_gradient(d_up, up, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
@@ -58,22 +58,21 @@ def _backward_kernel(
 def _grouped_kernel(
     h_ptr,
     x_hat_ptr,
-    kappa_ptr,
-    terms_ptr,
+    tiles_ptr,
     G,
     C,
     T,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
-    EPS: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    tiles = tl.cdiv(G, BLOCK_G)
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    group, c = (tl.program_id(0) % tiles) * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C)
+    num_tiles = tl.cdiv(G, BLOCK_G)
+    row = (tl.program_id(0) // num_tiles).to(tl.int64)
+    tile = tl.program_id(0) % num_tiles
+    group, c = tile * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_C)
     column, inside = group[:, None] * C + c[None, :], (group < G)[:, None] & (c < C)[None, :]
     gate = tl.load(h_ptr + row * 2 * G * C + column, mask=inside, other=0.0)
     up = tl.load(h_ptr + row * 2 * G * C + G * C + column, mask=inside, other=0.0)
@@ -83,7 +82,9 @@ def _grouped_kernel(
     x_hat = on_grid(y, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX)
     tl.store(x_hat_ptr + row * G * C + column, x_hat.to(gate.dtype), mask=inside)
     if STEP:
-        look_if_first(h_ptr, 2 * G * C, tiles, T, kappa_ptr, terms_ptr, FIRST, STEP, EPS, BLOCK_G * BLOCK_C)
+        if looked_at(row.to(tl.int32), T, FIRST, STEP):
+            tile_ptr = tiles_of(tiles_ptr, row.to(tl.int32), num_tiles, T, FIRST, STEP) + 5 * tile
+            look_at_tile(gate, up, inside, tl.minimum(BLOCK_G, G - tile * BLOCK_G) * 2 * C, tile_ptr, TWO=True)
 
 
 def swiglu_fake_quantize_per_token(
@@ -91,28 +92,27 @@ def swiglu_fake_quantize_per_token(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x̂ [..., H] of h [..., 2H], in its dtype; κ [R] and terms [R, 4] as in :mod:`.gelu_fake_quant`."""
     x_hat = h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
-    kappa, terms = empty_looks(h, first, step)
+    columns = x_hat.shape[-1] // num_groups
+    block_c = triton.next_power_of_2(columns)
+    block_g = max(1, min(_BLOCK // block_c, triton.next_power_of_2(num_groups)))
+    num_tiles = triton.cdiv(num_groups, block_g)
+    tiles = empty_tiles(h, num_tiles, first, step)
     if x_hat.numel():
-        columns = x_hat.shape[-1] // num_groups
-        block_c = triton.next_power_of_2(columns)
-        block_g = max(1, min(_BLOCK // block_c, triton.next_power_of_2(num_groups)))
-        visible(_grouped_kernel)[(h.numel() // h.shape[-1] * triton.cdiv(num_groups, block_g),)](
+        visible(_grouped_kernel)[(h.numel() // h.shape[-1] * num_tiles,)](
             h,
             x_hat,
-            kappa,
-            terms,
+            tiles,
             num_groups,
             columns,
             h.shape[-2] if step else 1,
             first,
             step,
-            eps,
             *code_range(bits),
             BLOCK_G=block_g,
             BLOCK_C=block_c,
-            num_warps=max(1, min(16, block_g * block_c // 256)),
+            num_warps=max(1, min(16, block_g * block_c // 512)),
         )
-    return x_hat, kappa, terms
+    return x_hat, *joined(tiles, h.shape[-1], eps)
 
 
 def swiglu_backward(g: Tensor, h: Tensor, terms: Tensor, d_kappa: Tensor, first: int, step: int) -> Tensor:
