@@ -21,12 +21,22 @@ import triton.language as tl
 from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.gelu_quant import gelu, normal_distribution, sigmoid, swiglu
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import add_row_gradient, empty_tiles, joined, look_at_tile, looked_at, tiles_of
+from lit_actreg_kernels.kurtosis import (
+    empty_tiles,
+    joined,
+    look_at_tile,
+    looked_at,
+    row_gradient,
+    share_of,
+    terms_of,
+    tiles_of,
+)
 from torch import Tensor
 
-_BLOCK, _NUM_WARPS = 1024, 2  # 16 elements a thread: what is done once a thread takes as long as 5 elements do
-# As many as run at once in 16 bits, which registers decide (a test holds them to it): without kurtosis and with it
-_PROGRAMS_PER_PROCESSOR, _PROGRAMS_WITH_KURTOSIS = 8, 6
+_BLOCK = 1024
+_FORWARD_WARPS = 2  # 16 elements a thread: what is done once a thread takes as long as 5 elements do
+_BACKWARD_WARPS = 4  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
+_PROGRAMS_PER_PROCESSOR = 64  # many more than run at once: those that are done first make room for others
 
 
 @triton.jit
@@ -95,8 +105,12 @@ def _backward_kernel(
     sum_low, sum_high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     dtype = h_ptr.dtype.element_ty
     tiles = tl.cdiv(H, BLOCK)
+    if STEP:
+        d_kappa = share_of(d_kappa_ptr, num_looked_at)
     for tile in tl.range(tl.program_id(0), num_rows * tiles, tl.num_programs(0)):
         row = tl.cast(tile // tiles, tl.int64)
+        if STEP:
+            _, wanted, terms = terms_of(tile // tiles, num_rows, T, terms_ptr, FIRST, STEP)
         column = tl.cast(tile % tiles, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = column < H
         g = tl.load(g_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
@@ -119,14 +133,16 @@ def _backward_kernel(
             d_gate = dy * up * share * (1.0 + gate * (1.0 - share))
             d_up = dy * gate * share
             if STEP:
-                d_gate = add_row_gradient(d_gate, gate, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
-                d_up = add_row_gradient(d_up, up, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+                if wanted:
+                    d_gate += row_gradient(gate, terms, d_kappa)
+                    d_up += row_gradient(up, terms, d_kappa)
             tl.store(dh_ptr + at, d_gate.to(dtype), mask=inside)
             tl.store(dh_ptr + at + H, d_up.to(dtype), mask=inside)
         else:
             dh = dy * (cumulative + h * density)
             if STEP:
-                dh = add_row_gradient(dh, h, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+                if wanted:
+                    dh += row_gradient(h, terms, d_kappa)
             tl.store(dh_ptr + at, dh.to(dtype), mask=inside)
     store_clip_sums(clips_ptr, sum_low, sum_high)
 
@@ -172,7 +188,7 @@ def activation_fake_quantize(
             *code_range(bits),
             integer_zero_point,
             BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
+            num_warps=_FORWARD_WARPS,
         )
     return x_hat, *joined(tiles, h.shape[-1], eps)
 
@@ -198,7 +214,7 @@ def activation_fake_quantize_backward(
     """
     dh = torch.empty_like(h)
     rows, width = _rows(h, gated, step > 0)
-    programs = programs_for(h.device, _PROGRAMS_WITH_KURTOSIS if step else _PROGRAMS_PER_PROCESSOR)
+    programs = programs_for(h.device, _PROGRAMS_PER_PROCESSOR)
     clips = h.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
     visible(_backward_kernel)[(programs,)](
@@ -222,6 +238,6 @@ def activation_fake_quantize_backward(
         integer_zero_point,
         masked,
         BLOCK=_BLOCK,
-        num_warps=_NUM_WARPS,
+        num_warps=_BACKWARD_WARPS,
     )
     return dh, clips

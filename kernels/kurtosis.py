@@ -106,28 +106,32 @@ def _join_kernel(
 
 
 @triton.jit
-def load_terms(terms_ptr, place, wanted=True):
+def _load_terms(terms_ptr, place, wanted):
     ptr = terms_ptr + 4 * place
     mean, factor = tl.load(ptr, mask=wanted), tl.load(ptr + 1, mask=wanted)
     return mean, factor, tl.load(ptr + 2, mask=wanted), tl.load(ptr + 3, mask=wanted)
 
 
 @triton.jit
-def row_gradient(y, terms, d_kappa):
-    """dκ̄ · ∂κ̄/∂y of float32 y, a part of a row with these terms; d_kappa already over the number of rows."""
-    mean, factor, m3, linear = terms
-    c = y - mean
-    return d_kappa * factor * (c * (c * c - linear) - m3)
+def terms_of(row, num_rows, T, terms_ptr, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """Of a row (int32): its place among those looked at, whether it is one, and the terms of κ's gradient if so."""
+    wanted = (row < num_rows) & looked_at(row, T, FIRST, STEP)
+    place = tl.where(wanted, place_of(row, T, FIRST, STEP), 0)
+    return place, wanted, _load_terms(terms_ptr, place, wanted)
 
 
 @triton.jit
-def add_row_gradient(g, y, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST: tl.constexpr, STEP: tl.constexpr):
-    """g + dκ̄ · ∂κ̄/∂y, float32, for a part of a row of y [..., T, N]; g where nobody looks at it."""
-    row = row.to(tl.int32)  # divisions of 64 bits cost twice the registers
-    if looked_at(row, T, FIRST, STEP):
-        terms = load_terms(terms_ptr, place_of(row, T, FIRST, STEP))
-        g += row_gradient(y, terms, tl.load(d_kappa_ptr).to(tl.float32) / num_looked_at)
-    return g
+def share_of(d_kappa_ptr, num_looked_at):
+    """The gradient of κ of one row looked at."""
+    return tl.load(d_kappa_ptr).to(tl.float32) / num_looked_at
+
+
+@triton.jit
+def row_gradient(y, terms, d_kappa):
+    """dκ · ∂κ/∂y of float32 y, a part of a row with these terms."""
+    mean, factor, m3, linear = terms
+    c = y - mean
+    return d_kappa * factor * (c * (c * c - linear) - m3)
 
 
 @triton.jit
@@ -159,8 +163,8 @@ def _backward_kernel(
     row, n = _row_in_sequences(T, FIRST, STEP), tl.arange(0, BLOCK)
     y = tl.load(y_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
-    d_kappa = tl.load(d_kappa_ptr).to(tl.float32) / tl.num_programs(0)
-    g += row_gradient(y, load_terms(terms_ptr, tl.program_id(0)), d_kappa)
+    d_kappa = share_of(d_kappa_ptr, tl.num_programs(0))
+    g += row_gradient(y, _load_terms(terms_ptr, tl.program_id(0), True), d_kappa)
     tl.store(g_ptr + row * N + n, g.to(g_ptr.dtype.element_ty), mask=n < N)
 
 

@@ -29,11 +29,12 @@ from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.kurtosis import (
     empty_tiles,
     joined,
-    load_terms,
     look_at_tile,
     looked_at,
     place_of,
     row_gradient,
+    share_of,
+    terms_of,
     tiles_of,
 )
 from lit_actreg_kernels.norm_quant import normalize
@@ -108,14 +109,6 @@ def _statistics_of(row, num_rows, statistics_ptr, RMS: tl.constexpr):
 
 
 @triton.jit
-def _terms_of(row, num_rows, T, terms_ptr, FIRST: tl.constexpr, STEP: tl.constexpr):
-    """Where the copy of a row of y is, whether there is one, and the terms of κ's gradient."""
-    wanted = (row < num_rows) & looked_at(row, T, FIRST, STEP)
-    place = tl.where(wanted, place_of(row, T, FIRST, STEP), 0)
-    return place, wanted, load_terms(terms_ptr, place, wanted)
-
-
-@triton.jit
 def _add_pairs(a, b, c, d):
     return a + c, b + d
 
@@ -163,8 +156,8 @@ def _backward_kernel(
     sum_low, sum_high = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     sum_weight, sum_bias = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     if STEP:
-        d_kappa = tl.load(d_kappa_ptr).to(tl.float32) / num_looked_at
-        next_terms = _terms_of(tl.program_id(0), num_rows, T, terms_ptr, FIRST, STEP)
+        d_kappa = share_of(d_kappa_ptr, num_looked_at)
+        next_terms = terms_of(tl.program_id(0), num_rows, T, terms_ptr, FIRST, STEP)
     next_mean, next_factor = _statistics_of(tl.program_id(0), num_rows, statistics_ptr, RMS)
     for index in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(index, tl.int64)
@@ -197,7 +190,7 @@ def _backward_kernel(
         if DY:
             if STEP:  # without a branch, so that the row kept is on its way early
                 place, wanted, terms = next_terms
-                next_terms = _terms_of(index + tl.num_programs(0), num_rows, T, terms_ptr, FIRST, STEP)
+                next_terms = terms_of(index + tl.num_programs(0), num_rows, T, terms_ptr, FIRST, STEP)
                 y_ptr = rows_ptr + place.to(tl.int64) * K + k
                 y = tl.load(y_ptr, mask=k < tl.where(wanted, K, 0), other=0.0).to(tl.float32)
                 dx += tl.where(wanted, row_gradient(y, terms, d_kappa), 0.0)

@@ -19,11 +19,11 @@ from lit_actreg_kernels.fake_quant import visible
 from lit_actreg_kernels.kurtosis import (
     empty_tiles,
     joined,
-    load_terms,
     look_at_tile,
     looked_at,
-    place_of,
     row_gradient,
+    share_of,
+    terms_of,
     tiles_of,
 )
 from torch import Tensor
@@ -155,9 +155,8 @@ def _backward_kernel(
     cos, sin = _angles(cos_ptr, sin_ptr, row % T, E, BLOCK_E)
     wanted, terms, d_kappa = False, (0.0, 0.0, 0.0, 0.0), 0.0
     if STEP:
-        wanted = looked_at(row, T, FIRST, STEP)
-        terms = load_terms(terms_ptr, tl.where(wanted, place_of(row, T, FIRST, STEP), 0), wanted)
-        d_kappa = tl.load(d_kappa_ptr).to(tl.float32) / num_looked_at
+        _, wanted, terms = terms_of(row, tl.num_programs(0), T, terms_ptr, FIRST, STEP)
+        d_kappa = share_of(d_kappa_ptr, num_looked_at)
     y_ptr, to_ptr = qkv_ptr + token * N, d_qkv_ptr + token * N
     looks = (wanted, terms, d_kappa)
     _turn_back(dq_ptr + token * H * E, y_ptr, to_ptr, cos, sin, *looks, H, STEP, E, BLOCK_H, BLOCK_E)

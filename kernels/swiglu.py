@@ -17,7 +17,16 @@ from lit_actreg_kernels.act_quant import grid_of_interval
 from lit_actreg_kernels.fake_quant import on_grid, visible
 from lit_actreg_kernels.gelu_quant import sigmoid, swiglu
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import add_row_gradient, empty_tiles, joined, look_at_tile, looked_at, tiles_of
+from lit_actreg_kernels.kurtosis import (
+    empty_tiles,
+    joined,
+    look_at_tile,
+    looked_at,
+    row_gradient,
+    share_of,
+    terms_of,
+    tiles_of,
+)
 from torch import Tensor
 
 _BLOCK = 1024
@@ -41,6 +50,9 @@ def _backward_kernel(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < H, row * 2 * H + column
+    if STEP:
+        _, wanted, terms = terms_of(row.to(tl.int32), tl.num_programs(0), T, terms_ptr, FIRST, STEP)
+        d_kappa = share_of(d_kappa_ptr, num_looked_at)
     dtype = dh_ptr.dtype.element_ty
     g = tl.load(g_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -48,8 +60,9 @@ def _backward_kernel(
     share = sigmoid(gate)
     d_gate, d_up = g * up * share * (1.0 + gate * (1.0 - share)), g * gate * share
     if STEP:
-        d_gate = add_row_gradient(d_gate, gate, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
-        d_up = add_row_gradient(d_up, up, row, terms_ptr, d_kappa_ptr, num_looked_at, T, FIRST, STEP)
+        if wanted:
+            d_gate += row_gradient(gate, terms, d_kappa)
+            d_up += row_gradient(up, terms, d_kappa)
     tl.store(dh_ptr + at, d_gate.to(dtype), mask=inside)
     tl.store(dh_ptr + at + H, d_up.to(dtype), mask=inside)
 

@@ -11,7 +11,6 @@ from fake_quant_checks import (
     doubled,
     formula,
     poison,
-    programs_at_once,
 )
 from lit_actreg_kernels import gelu_fake_quant
 from quantizer_checks import DEVICE, DTYPES
@@ -62,13 +61,3 @@ def test_sums_do_not_depend_on_the_run():
     h, g = torch.randn(2, 5, 3000, device=DEVICE)
     runs = [backward(g, h, False, 4, True, True) for _ in range(2)]
     assert torch.equal(runs[0][1], runs[1][1])
-
-
-def test_all_programs_of_the_backward_pass_run_at_once(tmp_path):
-    types = dict.fromkeys(["g_ptr", "h_ptr", "dh_ptr"], "*bf16")
-    types |= dict.fromkeys(["num_rows", "H", "num_looked_at", "T"], "i32")
-    grid = {"Q_MIN": -8, "Q_MAX": 7, "INTEGER": True, "MASKED": True, "BLOCK": gelu_fake_quant._BLOCK}
-    variants = [grid | {"GATED": g, "FIRST": step // 2, "STEP": step} for g in (False, True) for step in (0, 4)]
-    for variant, num in zip(variants, programs_at_once("gelu_fake_quant", types, variants, 4, tmp_path), strict=True):
-        step, module = variant["STEP"], gelu_fake_quant
-        assert num >= (module._PROGRAMS_WITH_KURTOSIS if step else module._PROGRAMS_PER_PROCESSOR), variant
