@@ -7,8 +7,9 @@ approximation) and rounding is half to even. The latter is had by adding and sub
 that size are the integers, so the addition itself rounds. It is exact here because the clamp comes first, and it runs
 in the interpreter too, where libdevice's `rint` does not.
 
-The clamp is of x rather than of x / s + z, to what the outermost codes stand for: codes are monotone in x, and these
-bounds are off by some 2^-22 z of a step, so rounding gives the outermost codes still. So the quotient cannot overflow.
+The clamp is of x rather than of x / s + z, to what the outermost codes stand for, so the quotient cannot overflow:
+codes are monotone in x, and these bounds are off by some 2^-22 z of a step, so for |z| < 2^20 rounding gives the
+outermost codes still.
 
 The kernels are bound by memory: 2 bytes in and 1 out a bfloat16 element.
 

@@ -58,14 +58,14 @@ def tiles_of(tiles_ptr, row, num_tiles, T, FIRST: tl.constexpr, STEP: tl.constex
 @triton.jit
 def look_at_tile(y, z, inside, num, tile_ptr, TWO: tl.constexpr):
     """Stores n, mean, Σc², Σc³ and Σc⁴ of the ``num`` values of y (TWO: of y and z) inside; outside they are zero."""
-    y, z, inside = tl.ravel(y.to(tl.float32), True), tl.ravel(z.to(tl.float32), True), tl.ravel(inside, True)
-    mean = tl.sum(y + z if TWO else y, 0) / num
+    y, z = y.to(tl.float32), z.to(tl.float32)
+    mean = tl.sum(y + z if TWO else y) / num
     c = tl.where(inside, y - mean, 0.0)
     v, m3, m4 = c * c, c * c * c, c * c * (c * c)
     if TWO:
         c = tl.where(inside, z - mean, 0.0)
         v, m3, m4 = v + c * c, m3 + c * c * c, m4 + c * c * (c * c)
-    v, m3, m4 = tl.reduce((v, m3, m4), 0, _add_triples)
+    v, m3, m4 = tl.reduce((tl.ravel(v), tl.ravel(m3), tl.ravel(m4)), 0, _add_triples)
     tl.store(tile_ptr, num * 1.0)
     tl.store(tile_ptr + 1, mean)
     tl.store(tile_ptr + 2, v)
@@ -107,6 +107,7 @@ def _join_kernel(
 
 @triton.jit
 def _load_terms(terms_ptr, place, wanted):
+    """Anything where they are not wanted."""
     ptr = terms_ptr + 4 * place
     mean, factor = tl.load(ptr, mask=wanted), tl.load(ptr + 1, mask=wanted)
     return mean, factor, tl.load(ptr + 2, mask=wanted), tl.load(ptr + 3, mask=wanted)

@@ -21,7 +21,6 @@ so both are exact for an integer zero point; a fractional ("real") one rounds on
 
 import torch
 from lit_actreg_kernels import grid
-from lit_actreg_kernels.training_reference import turn
 from torch import Tensor
 from torch.nn import functional
 
@@ -150,6 +149,12 @@ def norm_int4_linear(
     assert out_scale is not None
     assert out_zero_point is not None
     return (swiglu_quantize if activation == "swiglu" else gelu_quantize)(y, out_scale, out_zero_point, out_bits)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x [..., E] at their rotary positions; cos and sin [..., E], halves repeated, broadcast."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 def decode_attention(

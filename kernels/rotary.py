@@ -111,6 +111,7 @@ def _turn_back(
     terms,
     d_kappa,
     num_heads,
+    TURN: tl.constexpr,
     STEP: tl.constexpr,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -119,7 +120,8 @@ def _turn_back(
     """The gradient of some of a token's heads, with kurtosis' added if ``wanted``: without a branch, to load early."""
     at, inside = _first_halves(num_heads, E, BLOCK, BLOCK_E)
     a, b = _load(from_ptr, at, inside, E)
-    a, b = _turn(a, b, cos, -sin)
+    if TURN:
+        a, b = _turn(a, b, cos, -sin)
     if STEP:
         _, seen = _first_halves(tl.where(wanted, num_heads, 0), E, BLOCK, BLOCK_E)
         first, second = _load(y_ptr, at, seen, E)
@@ -159,11 +161,11 @@ def _backward_kernel(
         d_kappa = share_of(d_kappa_ptr, num_looked_at)
     y_ptr, to_ptr = qkv_ptr + token * N, d_qkv_ptr + token * N
     looks = (wanted, terms, d_kappa)
-    _turn_back(dq_ptr + token * H * E, y_ptr, to_ptr, cos, sin, *looks, H, STEP, E, BLOCK_H, BLOCK_E)
+    _turn_back(dq_ptr + token * H * E, y_ptr, to_ptr, cos, sin, *looks, H, True, STEP, E, BLOCK_H, BLOCK_E)
     y_ptr, to_ptr = y_ptr + H * E, to_ptr + H * E
-    _turn_back(dk_ptr + token * G * E, y_ptr, to_ptr, cos, sin, *looks, G, STEP, E, BLOCK_G, BLOCK_E)
+    _turn_back(dk_ptr + token * G * E, y_ptr, to_ptr, cos, sin, *looks, G, True, STEP, E, BLOCK_G, BLOCK_E)
     y_ptr, to_ptr = y_ptr + G * E, to_ptr + G * E
-    _turn_back(dv_ptr + token * G * E, y_ptr, to_ptr, 1.0, 0.0, *looks, G, STEP, E, BLOCK_G, BLOCK_E)
+    _turn_back(dv_ptr + token * G * E, y_ptr, to_ptr, cos, sin, *looks, G, False, STEP, E, BLOCK_G, BLOCK_E)
 
 
 def _sizes(num_heads: int, num_groups: int, width: int) -> dict[str, int]:

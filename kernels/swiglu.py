@@ -89,9 +89,10 @@ def _grouped_kernel(
     column, inside = group[:, None] * C + c[None, :], (group < G)[:, None] & (c < C)[None, :]
     gate = tl.load(h_ptr + row * 2 * G * C + column, mask=inside, other=0.0)
     up = tl.load(h_ptr + row * 2 * G * C + G * C + column, mask=inside, other=0.0)
-    y = swiglu(gate.to(tl.float32), up.to(tl.float32)).to(gate.dtype).to(tl.float32)
+    y = swiglu(gate.to(tl.float32), up.to(tl.float32)).to(gate.dtype)
+    wide = y.to(tl.float32)
     # the padding's zeros do no harm: the grid includes zero anyway
-    scale, zero_point = grid_of_interval(tl.min(y, 1), tl.max(y, 1), Q_MIN, Q_MAX, INTEGER=True)
+    scale, zero_point = grid_of_interval(tl.min(wide, 1), tl.max(wide, 1), Q_MIN, Q_MAX, INTEGER=True)
     x_hat = on_grid(y, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX)
     tl.store(x_hat_ptr + row * G * C + column, x_hat.to(gate.dtype), mask=inside)
     if STEP:

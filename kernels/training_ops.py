@@ -402,6 +402,8 @@ def rotate(
     fits = width % 2 == 0 and qkv.shape[-1] == (num_heads + 2 * num_groups) * width
     check(fits, f"qkv has {qkv.shape[-1]} columns, not {num_heads} + 2 · {num_groups} heads of an even width {width}")
     check(cos.shape == sin.shape == (qkv.shape[-2], width), f"cos {list(cos.shape)} are not of {qkv.shape[-2]} tokens")
+    right = all(t.device == qkv.device and t.dtype in (torch.float32, qkv.dtype) for t in (cos, sin))
+    check(right, f"cos is {cos.dtype} on {cos.device}: keep the angles float32, where qkv is")
     return _Rotate.apply(qkv, cos, sin, num_heads, num_groups, *looks)
 
 

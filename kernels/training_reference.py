@@ -1,7 +1,7 @@
 """Plain PyTorch ground truth of the fused training operators, gradients written out, in any precision.
 
-On a CPU the operators run it; a fit there takes fused operators for kurtosis and rotary positions only
-(``InputQuantizer.fuses``).
+The operators run it on a CPU, and in float64. A fit there takes them for kurtosis and rotary positions only, formulas
+for the rest (``InputQuantizer.fuses``).
 
 The functions mirror those of :mod:`.fake_quant`, :mod:`.gelu_fake_quant`, :mod:`.swiglu`, :mod:`.norm_fake_quant`,
 :mod:`.rotary`, :mod:`.kurtosis` and :mod:`.cross_entropy`, where the formulas stand; here the partial sums have one
@@ -12,6 +12,7 @@ import math
 
 import torch
 from lit_actreg_kernels import grid
+from lit_actreg_kernels.reference import turn
 from torch import Tensor
 from torch.nn import functional
 
@@ -196,12 +197,6 @@ def add_norm_fake_quantize_backward(
             looked_at = dy[..., first::step, :]
             looked_at += _row_gradients(rows, terms, d_kappa).view(looked_at.shape)
     return dx.to(new.dtype), dy.to(y_dtype), parameters, clips
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads x [..., E] at their positions; cos and sin [..., E] broadcast, and their dtype is what it is done in."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 def rotate(

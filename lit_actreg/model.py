@@ -54,7 +54,7 @@ class LayerCache(NamedTuple):
     position: Tensor
 
 
-# Statistics by loss term and site; None where an operator was not asked
+# Statistics by loss term and site; none of use where an operator was not asked
 Found = dict[tuple[int | None, Site], Tensor | None]
 
 

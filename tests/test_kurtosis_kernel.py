@@ -22,7 +22,9 @@ def outputs(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "every"), [((3, 7, 66), 1), ((2, 9, 130), 4), ((5, 2, 1), 3), ((9, 33), 2)])
+@pytest.mark.parametrize(
+    ("shape", "every"), [((3, 7, 66), 1), ((2, 9, 130), 4), ((5, 2, 1), 3), ((9, 33), 2), ((1, 8, 768), 4)]
+)
 def test_values_and_gradients(monkeypatch, dtype, shape, every):
     y = outputs(*shape).to(dtype)
     g = torch.randn(shape).to(dtype)

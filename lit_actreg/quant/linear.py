@@ -62,8 +62,7 @@ class InputQuantizer(nn.Module):
 
     def fuses(self, x: Tensor, mode: str = "static") -> bool:
         """Whether a fused operator for this mode stands for the formula, for an input on the device of x."""
-        by_device = x.is_cuda and x.dtype != torch.float64  # no Triton kernel is that precise
-        return self.mode == mode and self.enabled and (by_device if self.fused is None else self.fused)
+        return self.mode == mode and self.enabled and (x.is_cuda if self.fused is None else self.fused)
 
     def grid_options(self) -> tuple[int, bool, bool]:
         """What the fused operators want to know: bits, whether zero is exact, whether outside gradients are masked."""
