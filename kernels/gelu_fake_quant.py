@@ -166,8 +166,7 @@ def activation_fake_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x̂ [..., H], in the dtype of h, of GELU(h), h [..., H], or of SwiGLU where ``gated``, h [..., 2H].
 
-    And of the R rows of h [..., T, ...] that are looked at (:mod:`.kurtosis`) κ [R] and the terms [R, 4] of their
-    gradients.
+    And of h [..., T, …] κ̄ and its terms, as :func:`.kurtosis.joined`.
     """
     x_hat = h.new_empty((*h.shape[:-1], h.shape[-1] // 2)) if gated else torch.empty_like(h)
     rows, width = _rows(h, gated, step > 0)

@@ -13,8 +13,8 @@ other places there are the kernels here, which go over the rows looked at alone.
 forward, 6 backward; written out as a gradient of y's own and added by autograd, with one token in four, it is 2 + 8 +
 6 · 4. The forward pass leaves what the backward pass takes of a row: μ, 4 / (N d), m₃ and m₄ v / d.
 
-Moments are float32, of a tile of a row in two passes over registers (:func:`look_at_tile`). Tiles are joined exactly:
-with n values in a tile and δ its mean less the row's, the row has the sums over its tiles of
+Moments are float32, of a tile of a row in two passes over registers (:func:`look_at_tile`). One more kernel joins tiles
+exactly: with n values in a tile and δ its mean less the row's, the row has the sums over its tiles of
 
     Σc² + n δ²        Σc³ + 3 δ Σc² + n δ³        Σc⁴ + 4 δ Σc³ + 6 δ² Σc² + n δ⁴
 
@@ -97,7 +97,7 @@ def _join_kernel(
     m3 = tl.sum(c3 + 3.0 * d * c2 + n * d * d * d, 1) / N
     m4 = tl.sum(c4 + 4.0 * d * c3 + 6.0 * d * d * c2 + n * (d * d) * (d * d), 1) / N
     d = v * v + EPS
-    tl.store(kappa_ptr + row, m4 / d, mask=row < num_rows)
+    tl.store(kappa_ptr + tl.program_id(0), tl.sum(tl.where(row < num_rows, m4 / d, 0.0), 0) / num_rows)
     terms_ptr += 4 * row
     tl.store(terms_ptr, row_mean, mask=row < num_rows)
     tl.store(terms_ptr + 1, 4.0 / (N * d), mask=row < num_rows)
@@ -185,19 +185,20 @@ def empty_tiles(y: Tensor, num_tiles: int, first: int, step: int) -> Tensor:
 
 
 def joined(tiles: Tensor, num_columns: int, eps: float) -> tuple[Tensor, Tensor]:
-    """κ of the tokens looked at, float32 [R], and their gradients' terms [R, 4], of all their tiles."""
+    """Of the R rows looked at, of all their tiles: shares of κ̄, float32 [programs], and gradients' terms [R, 4]."""
     num_rows, num_tiles, _ = tiles.shape
-    kappa, terms = tiles.new_empty(num_rows), tiles.new_empty((num_rows, 4))
+    block_tiles = triton.next_power_of_2(num_tiles)
+    block = max(1, _JOIN_BLOCK // block_tiles)
+    programs = triton.cdiv(num_rows, block)
+    kappa, terms = tiles.new_empty(programs), tiles.new_empty((num_rows, 4))
     if num_rows:
-        block_tiles = triton.next_power_of_2(num_tiles)
-        block = max(1, _JOIN_BLOCK // block_tiles)
         sizes = (num_rows, num_tiles, num_columns, eps, block, block_tiles)
-        visible(_join_kernel)[(triton.cdiv(num_rows, block),)](tiles, kappa, terms, *sizes, num_warps=4)
+        visible(_join_kernel)[(programs,)](tiles, kappa, terms, *sizes, num_warps=4)
     return kappa, terms
 
 
 def token_kurtosis(y: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
-    """κ of the tokens looked at, float32 [R], and their gradients' terms [R, 4]."""
+    """Shares of κ̄ and the R rows' terms, as :func:`joined`."""
     num_tokens, num_columns = y.shape[-2:]
     tiles = empty_tiles(y, 1, first, step)
     block = triton.next_power_of_2(num_columns)

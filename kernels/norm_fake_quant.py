@@ -230,8 +230,7 @@ def add_norm_fake_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x′ in the dtype of x, x̂ [..., K] in ``out_dtype``, and μ, 1/σ of rows, float32 [2, M].
 
-    And of the R rows of y [..., T, K] that are looked at (:mod:`.kurtosis`) κ [R], the terms [R, 4] of their gradients,
-    and themselves [R, K].
+    And of y [..., T, K] κ̄ and its terms, as :func:`.kurtosis.joined`, and the rows looked at, [R, K].
     """
     num_columns = x.shape[-1]
     num_rows = x.numel() // max(1, num_columns)

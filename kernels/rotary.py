@@ -180,7 +180,7 @@ def rotate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q [..., T, H, E] and k [..., T, G, E], turned, of qkv [..., T, (H + 2G) E], in its dtype.
 
-    And of the R rows of qkv that are looked at (:mod:`.kurtosis`) κ [R] and the terms [R, 4] of their gradients.
+    And of qkv κ̄ and its terms, as :func:`.kurtosis.joined`.
     """
     width = cos.shape[-1]
     q, k = (qkv.new_empty((*qkv.shape[:-1], heads, width)) for heads in (num_heads, num_groups))

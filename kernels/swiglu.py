@@ -104,7 +104,7 @@ def _grouped_kernel(
 def swiglu_fake_quantize_per_token(
     h: Tensor, bits: int, num_groups: int, first: int, step: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x̂ [..., H] of h [..., 2H], in its dtype; κ [R] and terms [R, 4] as in :mod:`.gelu_fake_quant`."""
+    """x̂ [..., H] of h [..., 2H], in its dtype; κ̄ and its terms as in :mod:`.gelu_fake_quant`."""
     x_hat = h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
     columns = x_hat.shape[-1] // num_groups
     block_c = triton.next_power_of_2(columns)

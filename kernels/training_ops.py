@@ -122,7 +122,7 @@ def _activation_fake_quantize(
         check_halves(h, "h")
     function, looks = implementation(h, "gelu_fake_quant").activation_fake_quantize, (first, step, eps)
     x_hat, kappa, terms = function(h.contiguous(), low, high, gated, bits, integer_zero_point, *looks)
-    return x_hat, kappa.mean() if step else kappa, terms
+    return x_hat, kappa.sum(), terms
 
 
 @torch.library.triton_op("lit_actreg::activation_fake_quantize_backward", mutates_args=())
@@ -214,7 +214,7 @@ def _swiglu_fake_quantize_per_token(
     check(divide, f"{num_groups} groups do not divide the halves of h, which has {h.shape[-1]} columns")
     function = implementation(h, "swiglu").swiglu_fake_quantize_per_token
     x_hat, kappa, terms = function(h.contiguous(), bits, num_groups, first, step, eps)
-    return x_hat, kappa.mean() if step else kappa, terms
+    return x_hat, kappa.sum(), terms
 
 
 def _keep_per_token(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -272,7 +272,7 @@ def _add_norm_fake_quantize(
     new, x_hat, statistics, kappa, *rest = function(
         x.contiguous(), y, weight, bias, *grid, value_dtype, out_dtype, *looks
     )
-    return new, x_hat, statistics, kappa.mean() if step else kappa, *rest
+    return new, x_hat, statistics, kappa.sum(), *rest
 
 
 @torch.library.triton_op("lit_actreg::add_norm_fake_quantize_backward", mutates_args=())
@@ -344,7 +344,7 @@ def _rotate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = (qkv.contiguous(), cos.contiguous(), sin.contiguous(), num_heads, num_groups, first, step, eps)
     q, k, kappa, terms = implementation(qkv, "rotary").rotate(*arguments)
-    return q, k, kappa.mean() if step else kappa, terms
+    return q, k, kappa.sum(), terms
 
 
 @torch.library.triton_op("lit_actreg::rotate_backward", mutates_args=())
@@ -431,7 +431,7 @@ class _TokenKurtosis(torch.autograd.Function):
         kappa, terms = _token_kurtosis(y, first, step, eps)
         ctx.save_for_backward(y, terms)
         ctx.tokens = (first, step)
-        return y.view_as(y), kappa.mean()
+        return y.view_as(y), kappa.sum()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, d_kappa: Tensor) -> tuple[Tensor | None, ...]:

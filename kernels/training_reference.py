@@ -70,7 +70,7 @@ def activation_fake_quantize(
     step: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x̂ [..., H] of GELU(h), h [..., H], or of SwiGLU, h = [gate, up] [..., 2H]; κ [R] and terms [R, 4] of h."""
+    """x̂ [..., H] of GELU(h), h [..., H], or of SwiGLU, h = [gate, up] [..., 2H]; κ̄ and its terms, of h."""
     x_hat = fake_quantize(_activation(_wide(h), gated).to(h.dtype), low, high, bits, integer_zero_point)
     return x_hat, *token_kurtosis(h, first, step, eps)
 
@@ -105,7 +105,7 @@ def activation_fake_quantize_backward(
 def swiglu_fake_quantize_per_token(
     h: Tensor, bits: int, num_groups: int, first: int, step: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x̂ [..., H] of h [..., 2H], in its dtype; κ [R] and terms [R, 4] of h."""
+    """x̂ [..., H] of h [..., 2H], in its dtype; κ̄ and its terms, of h."""
     y = _wide(_activation(_wide(h), True).to(h.dtype)).unflatten(-1, (num_groups, -1))
     scale, zero_point = grid.grid_per_token(y, bits)
     q_min, q_max = grid.code_range(bits)
@@ -144,7 +144,7 @@ def add_norm_fake_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x′ = x + y, x̂ of its norm in ``out_dtype``, and μ, 1/σ of the rows [2, M].
 
-    And of the rows of y that are looked at κ [R], their gradients' terms [R, 4], and themselves [R, K].
+    And of y κ̄ and its terms, and the rows looked at [R, K].
     """
     new = (_wide(x) + _wide(y)).to(x.dtype)
     wide = _wide(new)
@@ -202,7 +202,7 @@ def add_norm_fake_quantize_backward(
 def rotate(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_groups: int, first: int, step: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q [..., T, H, E] and k [..., T, G, E], in the dtype of qkv; κ [R] and terms [R, 4] of qkv."""
+    """q [..., T, H, E] and k [..., T, G, E], in the dtype of qkv; κ̄ and its terms, of qkv."""
     q, k, _ = qkv.unflatten(-1, (-1, cos.shape[-1])).split([num_heads, num_groups, num_groups], dim=-2)
     cos, sin = cos[:, None], sin[:, None]
     turned = turn(q, cos, sin).to(qkv.dtype), turn(k, cos, sin).to(qkv.dtype)
@@ -235,14 +235,14 @@ def _looked_at(y: Tensor, first: int, step: int) -> Tensor:
 
 
 def token_kurtosis(y: Tensor, first: int, step: int, eps: float) -> tuple[Tensor, Tensor]:
-    """κ of the tokens looked at [R], and their gradients' terms [R, 4]."""
+    """Shares [R] of κ̄ of the tokens looked at, and their gradients' terms [R, 4]."""
     rows = _wide(_looked_at(y, first, step))
     mean = rows.mean(-1, keepdim=True)
     c = rows - mean
     squares = c * c
     v, m3, m4 = (power.mean(-1, keepdim=True) for power in (squares, squares * c, squares * squares))
     d = v * v + eps
-    return (m4 / d).flatten(), torch.cat([mean, 4 / (rows.shape[-1] * d), m3, m4 * v / d], dim=-1)
+    return (m4 / d).flatten() / rows.shape[0], torch.cat([mean, 4 / (rows.shape[-1] * d), m3, m4 * v / d], dim=-1)
 
 
 def _row_gradients(rows: Tensor, terms: Tensor, d_kappa: Tensor) -> Tensor:

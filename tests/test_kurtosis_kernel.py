@@ -35,8 +35,7 @@ def test_values_and_gradients(monkeypatch, dtype, shape, every):
 
     poison(monkeypatch)
     kappa, terms = kurtosis.token_kurtosis(y.to(DEVICE), first, every, EPS)
-    assert kappa.numel() == y[..., first::every, 0].numel()
-    torch.testing.assert_close(kappa.mean().cpu().double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kappa.sum().cpu().double(), expected.detach(), rtol=1e-5, atol=1e-6)
     found = g.to(DEVICE, copy=True)
     d_kappa = torch.tensor(30.0, device=DEVICE)
     kurtosis.add_kurtosis_gradient(found, y.to(DEVICE), terms, d_kappa, first, every)
