@@ -8,7 +8,7 @@ e⁻ and e⁺ the values of the grid's end codes and δ = (u − round u) / (2^b
     between         dx = g        dc⁺ −= δ g      dc⁻ += δ g
 
 The forward pass divides exactly (codes must be equal everywhere). The backward pass multiplies by 1 / s: δ enters a sum
-over millions of elements, where its last bit is nothing, and an exact division costs ten instructions an element.
+over millions of elements, where its last bit is nothing.
 
 Sums over all elements are float32 and deterministic: a fixed number of programs walks over the tiles in a fixed order,
 each writes its own partial sum, and PyTorch adds those (no atomics). Both kernels are bound by memory: a bfloat16
