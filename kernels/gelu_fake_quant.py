@@ -21,16 +21,7 @@ import triton.language as tl
 from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
 from lit_actreg_kernels.gelu_quant import gelu, normal_distribution, sigmoid, swiglu
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import (
-    empty_tiles,
-    joined,
-    look_at_tile,
-    looked_at,
-    row_gradient,
-    share_of,
-    terms_of,
-    tiles_of,
-)
+from lit_actreg_kernels.kurtosis import add_if_wanted, empty_tiles, joined, look_if_wanted, share_of, terms_of
 from torch import Tensor
 
 _BLOCK = 1024
@@ -72,10 +63,8 @@ def _forward_kernel(
     x_hat = on_grid(y.to(h.dtype), scale, zero_point, Q_MIN, Q_MAX)
     tl.store(x_hat_ptr + row * H + column, x_hat.to(h.dtype), mask=inside)
     if STEP:
-        if looked_at(row.to(tl.int32), T, FIRST, STEP):
-            tile_ptr = tiles_of(tiles_ptr, row.to(tl.int32), num_tiles, T, FIRST, STEP) + 5 * tile
-            num = tl.minimum(BLOCK, H - tile * BLOCK) * (2 if GATED else 1)
-            look_at_tile(h, up if GATED else h, inside, num, tile_ptr, GATED)
+        num, second = tl.minimum(BLOCK, H - tile * BLOCK) * (2 if GATED else 1), up if GATED else h
+        look_if_wanted(h, second, inside, num, row.to(tl.int32), tile, num_tiles, T, tiles_ptr, FIRST, STEP, GATED)
 
 
 @triton.jit
@@ -133,16 +122,14 @@ def _backward_kernel(
             d_gate = dy * up * share * (1.0 + gate * (1.0 - share))
             d_up = dy * gate * share
             if STEP:
-                if wanted:
-                    d_gate += row_gradient(gate, terms, d_kappa)
-                    d_up += row_gradient(up, terms, d_kappa)
+                d_gate = add_if_wanted(d_gate, gate, wanted, terms, d_kappa)
+                d_up = add_if_wanted(d_up, up, wanted, terms, d_kappa)
             tl.store(dh_ptr + at, d_gate.to(dtype), mask=inside)
             tl.store(dh_ptr + at + H, d_up.to(dtype), mask=inside)
         else:
             dh = dy * (cumulative + h * density)
             if STEP:
-                if wanted:
-                    dh += row_gradient(h, terms, d_kappa)
+                dh = add_if_wanted(dh, h, wanted, terms, d_kappa)
             tl.store(dh_ptr + at, dh.to(dtype), mask=inside)
     store_clip_sums(clips_ptr, sum_low, sum_high)
 

@@ -74,6 +74,26 @@ def look_at_tile(y, z, inside, num, tile_ptr, TWO: tl.constexpr):
 
 
 @triton.jit
+def look_if_wanted(
+    y,
+    z,
+    inside,
+    num,
+    row,
+    tile,
+    num_tiles,
+    T,
+    tiles_ptr,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    TWO: tl.constexpr,
+):
+    """:func:`look_at_tile` of one of a row's tiles, if the row (int32) is looked at."""
+    if looked_at(row, T, FIRST, STEP):
+        look_at_tile(y, z, inside, num, tiles_of(tiles_ptr, row, num_tiles, T, FIRST, STEP) + 5 * tile, TWO)
+
+
+@triton.jit
 def _join_kernel(
     tiles_ptr,
     kappa_ptr,
@@ -133,6 +153,14 @@ def row_gradient(y, terms, d_kappa):
     mean, factor, m3, linear = terms
     c = y - mean
     return d_kappa * factor * (c * (c * c - linear) - m3)
+
+
+@triton.jit
+def add_if_wanted(g, y, wanted, terms, d_kappa):
+    """g, with :func:`row_gradient` added if its row is looked at."""
+    if wanted:
+        g += row_gradient(y, terms, d_kappa)
+    return g
 
 
 @triton.jit

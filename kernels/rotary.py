@@ -16,16 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from lit_actreg_kernels.fake_quant import visible
-from lit_actreg_kernels.kurtosis import (
-    empty_tiles,
-    joined,
-    look_at_tile,
-    looked_at,
-    row_gradient,
-    share_of,
-    terms_of,
-    tiles_of,
-)
+from lit_actreg_kernels.kurtosis import empty_tiles, joined, look_if_wanted, looked_at, row_gradient, share_of, terms_of
 from torch import Tensor
 
 
@@ -92,12 +83,11 @@ def _forward_kernel(
     a, b = _turn(k_a, k_b, cos, sin)
     _store(k_ptr + token * G * E, a, b, at, inside, E)
     if STEP:
-        if looked_at(row, T, FIRST, STEP):
-            tiles_ptr = tiles_of(tiles_ptr, row, 3, T, FIRST, STEP)
-            look_at_tile(q_a, q_b, of_q, H * E, tiles_ptr, TWO=True)
-            look_at_tile(k_a, k_b, inside, G * E, tiles_ptr + 5, TWO=True)
-            v_a, v_b = _load(qkv_ptr + (H + G) * E, at, inside, E)
-            look_at_tile(v_a, v_b, inside, G * E, tiles_ptr + 10, TWO=True)
+        look_if_wanted(q_a, q_b, of_q, H * E, row, 0, 3, T, tiles_ptr, FIRST, STEP, TWO=True)
+        look_if_wanted(k_a, k_b, inside, G * E, row, 1, 3, T, tiles_ptr, FIRST, STEP, TWO=True)
+        _, seen = _first_halves(tl.where(looked_at(row, T, FIRST, STEP), G, 0), E, BLOCK_G, BLOCK_E)
+        v_a, v_b = _load(qkv_ptr + (H + G) * E, at, seen, E)
+        look_if_wanted(v_a, v_b, seen, G * E, row, 2, 3, T, tiles_ptr, FIRST, STEP, TWO=True)
 
 
 @triton.jit

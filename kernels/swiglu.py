@@ -17,16 +17,7 @@ from lit_actreg_kernels.act_quant import grid_of_interval
 from lit_actreg_kernels.fake_quant import on_grid, visible
 from lit_actreg_kernels.gelu_quant import sigmoid, swiglu
 from lit_actreg_kernels.grid import code_range
-from lit_actreg_kernels.kurtosis import (
-    empty_tiles,
-    joined,
-    look_at_tile,
-    looked_at,
-    row_gradient,
-    share_of,
-    terms_of,
-    tiles_of,
-)
+from lit_actreg_kernels.kurtosis import add_if_wanted, empty_tiles, joined, look_if_wanted, share_of, terms_of
 from torch import Tensor
 
 _BLOCK = 1024
@@ -60,9 +51,8 @@ def _backward_kernel(
     share = sigmoid(gate)
     d_gate, d_up = g * up * share * (1.0 + gate * (1.0 - share)), g * gate * share
     if STEP:
-        if wanted:
-            d_gate += row_gradient(gate, terms, d_kappa)
-            d_up += row_gradient(up, terms, d_kappa)
+        d_gate = add_if_wanted(d_gate, gate, wanted, terms, d_kappa)
+        d_up = add_if_wanted(d_up, up, wanted, terms, d_kappa)
     tl.store(dh_ptr + at, d_gate.to(dtype), mask=inside)
     tl.store(dh_ptr + at + H, d_up.to(dtype), mask=inside)
 
@@ -96,9 +86,8 @@ def _grouped_kernel(
     x_hat = on_grid(y, scale[:, None], zero_point[:, None], Q_MIN, Q_MAX)
     tl.store(x_hat_ptr + row * G * C + column, x_hat.to(gate.dtype), mask=inside)
     if STEP:
-        if looked_at(row.to(tl.int32), T, FIRST, STEP):
-            tile_ptr = tiles_of(tiles_ptr, row.to(tl.int32), num_tiles, T, FIRST, STEP) + 5 * tile
-            look_at_tile(gate, up, inside, tl.minimum(BLOCK_G, G - tile * BLOCK_G) * 2 * C, tile_ptr, TWO=True)
+        num = tl.minimum(BLOCK_G, G - tile * BLOCK_G) * 2 * C
+        look_if_wanted(gate, up, inside, num, row.to(tl.int32), tile, num_tiles, T, tiles_ptr, FIRST, STEP, TWO=True)
 
 
 def swiglu_fake_quantize_per_token(
