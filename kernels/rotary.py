@@ -9,7 +9,7 @@ Where the kurtosis of qkv is regularized (:mod:`.kurtosis`), the passes have mos
 forward pass reads v of the rows looked at besides, the backward pass those rows.
 
 One program a token. Tensors contiguous, of any float dtype but float64; cos and sin float32 [T, E], halves repeated;
-E even. No autograd in here (:mod:`.training_ops`).
+E even. No autograd in here (:mod:`.view_ops`).
 """
 
 import torch

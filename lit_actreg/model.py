@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from lit_actreg_kernels import ops, training_ops
+from lit_actreg_kernels import ops, view_ops
 from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
@@ -97,7 +97,7 @@ class Block(nn.Module):
             qkv, kappa = tap_token_kurtosis(qkv, every_nth_token)
             return ops.decode_attention(qkv[:, 0], cos, sin, *cache)[:, None], kappa
         # All stays in the order [B, T, H, E]; attention takes views, and lays its output out as it finds q: no copies.
-        q, k, v, kappa = training_ops.rotate(qkv, cos, sin, c.num_heads, c.kv_heads, looks(num_tokens, every_nth_token))
+        q, k, v, kappa = view_ops.rotate(qkv, cos, sin, c.num_heads, c.kv_heads, looks(num_tokens, every_nth_token))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             cache.keys[:, :, :num_tokens], cache.values[:, :, :num_tokens] = k, v

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fake_quant_checks import assert_near, poison
-from lit_actreg_kernels import kurtosis, training_ops
+from lit_actreg_kernels import kurtosis, view_ops
 from quantizer_checks import DEVICE, DTYPES
 
 from lit_actreg.quant.statistics import tap_token_kurtosis, token_kurtosis
@@ -59,9 +59,9 @@ def test_gradients_in_float64(every):
 def test_opcheck():
     y, g = outputs(2, 5, 8).float().to(DEVICE), torch.randn(2, 5, 8, device=DEVICE)
     d_kappa = torch.tensor(0.5, device=DEVICE)
-    torch.library.opcheck(training_ops._token_kurtosis, (y, 1, 2, EPS))
+    torch.library.opcheck(view_ops._token_kurtosis, (y, 1, 2, EPS))
     terms = torch.randn(4, 4, device=DEVICE)
-    torch.library.opcheck(training_ops._add_kurtosis_gradient, (g, y, terms, d_kappa, 1, 2))
+    torch.library.opcheck(view_ops._add_kurtosis_gradient, (g, y, terms, d_kappa, 1, 2))
 
 
 def test_the_right_output_gets_the_right_gradient_compiled_or_not():
@@ -98,4 +98,4 @@ def test_a_gradient_that_is_shared_stays_as_it_is():
 
 def test_integers_are_refused():
     with pytest.raises(ValueError, match="cast it to float32"):
-        training_ops.token_kurtosis(torch.zeros(1, 2, 3, dtype=torch.int32), 0, 1, EPS)
+        view_ops.token_kurtosis(torch.zeros(1, 2, 3, dtype=torch.int32), 0, 1, EPS)

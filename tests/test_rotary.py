@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fake_quant_checks import assert_near, poison
-from lit_actreg_kernels import rotary, training_ops
+from lit_actreg_kernels import rotary, view_ops
 from quantizer_checks import DEVICE, DTYPES
 
 from lit_actreg.model import rotary_angles
@@ -53,10 +53,10 @@ def test_values_and_gradients(monkeypatch, dtype, shape, num_heads, num_groups, 
 def test_opcheck(step):
     qkv, angles = torch.randn(2, 4, 32, device=DEVICE), rotary_angles(4, 8, 10_000.0, torch.device(DEVICE))
     looks = (min(step, 1), step, 1e-12)
-    torch.library.opcheck(training_ops._rotate, (qkv, *angles, 2, 1, *looks))
-    q, k, _, terms = training_ops._rotate(qkv, *angles, 2, 1, *looks)
+    torch.library.opcheck(view_ops._rotate, (qkv, *angles, 2, 1, *looks))
+    q, k, _, terms = view_ops._rotate(qkv, *angles, 2, 1, *looks)
     gradients = (q, k, torch.randn_like(k), qkv, *angles, terms, torch.ones((), device=DEVICE), *looks[:2])
-    torch.library.opcheck(training_ops._rotate_backward, gradients)
+    torch.library.opcheck(view_ops._rotate_backward, gradients)
 
 
 def test_of_anything_that_has_a_gradient_compiled_or_not():
@@ -67,7 +67,7 @@ def test_of_anything_that_has_a_gradient_compiled_or_not():
     weights = [torch.randn(2, heads, 5, width, device=DEVICE) for heads in (num_heads, num_groups, num_groups)]
 
     def loss(x):
-        q, k, v, kappa = training_ops.rotate(x.sin(), *angles, num_heads, num_groups, (1, 2, 1e-12))
+        q, k, v, kappa = view_ops.rotate(x.sin(), *angles, num_heads, num_groups, (1, 2, 1e-12))
         return sum((y.transpose(1, 2) * w).sum() for y, w in zip((q, k, v), weights, strict=True)) + v.sum() + kappa
 
     def plain(x):
@@ -87,14 +87,14 @@ def test_of_anything_that_has_a_gradient_compiled_or_not():
 def test_gradients_in_float64():
     angles = [a.double() for a in rotary_angles(3, 4, 10_000.0, torch.device("cpu"))]
     qkv = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y: training_ops.rotate(y, *angles, 1, 1, (1, 2, 1e-12)), qkv)
+    assert torch.autograd.gradcheck(lambda y: view_ops.rotate(y, *angles, 1, 1, (1, 2, 1e-12)), qkv)
 
 
 def test_mistakes_are_named():
     qkv, (cos, sin) = torch.zeros(1, 3, 12, device=DEVICE), rotary_angles(3, 4, 10_000.0, torch.device(DEVICE))
     with pytest.raises(ValueError, match="qkv has 12 columns, not 2 \\+ 2 · 1 heads of an even width 4"):
-        training_ops.rotate(qkv, cos, sin, 2, 1)
+        view_ops.rotate(qkv, cos, sin, 2, 1)
     with pytest.raises(ValueError, match="are not of 3 tokens"):
-        training_ops.rotate(qkv, cos[:2], sin[:2], 1, 1)
+        view_ops.rotate(qkv, cos[:2], sin[:2], 1, 1)
     with pytest.raises(ValueError, match="cast it to float32"):
-        training_ops.rotate(qkv.int(), cos, sin, 1, 1)
+        view_ops.rotate(qkv.int(), cos, sin, 1, 1)

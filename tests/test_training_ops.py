@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from fake_quant_checks import clips, doubled, formula
-from lit_actreg_kernels import training_ops
+from lit_actreg_kernels import training_ops, view_ops
 from lit_actreg_kernels.linear_cross_entropy import linear_cross_entropy
 from quantizer_checks import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -31,7 +31,7 @@ def samples(looks=training_ops.NOWHERE):
         "swiglu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, True, *OPTIONS, *looks)),
         "swiglu alone": (training_ops.swiglu, (leaf(3, 32),)),
         "swiglu on tokens' grids": (training_ops._swiglu_fake_quantize_per_token, (leaf(3, 32), 4, 2, *looks)),
-        "rotate": (training_ops._Rotate.apply, (leaf(4, 3, 32), *torch.randn(2, 3, 8, device=DEVICE), 2, 1, *looks)),
+        "rotate": (view_ops._Rotate.apply, (leaf(4, 3, 32), *torch.randn(2, 3, 8, device=DEVICE), 2, 1, *looks)),
         "norm": (training_ops._add_norm_fake_quantize, (leaf(3, 32), *norm)),
         "RMS norm": (training_ops._add_norm_fake_quantize, (leaf(3, 32), *rms)),
     }
@@ -136,7 +136,7 @@ def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted
         rest = (*torch.randn(2, shape[-2], width, device=DEVICE), num_heads, num_groups, first, step, 1e-12)
 
         def operator(qkv, *rest):
-            q, k, v, kappa = training_ops._Rotate.apply(qkv, *rest)
+            q, k, v, kappa = view_ops._Rotate.apply(qkv, *rest)
             return torch.cat([q, k, v], dim=-2), kappa, None
 
     plain = [*rest[:-3], *training_ops.NOWHERE]
@@ -170,7 +170,7 @@ def test_batches_of_any_size_share_two_compilations(name):
             new, x_hat, kappa = training_ops.add_norm_fake_quantize(x, x.sin(), *rest, looks=(1, 2, 1e-12))
             return new.sum() + x_hat.sum() + kappa
         if name == "rotate":
-            q, k, v, kappa = training_ops.rotate(x, *angles, 2, 1, (1, 2, 1e-12))
+            q, k, v, kappa = view_ops.rotate(x, *angles, 2, 1, (1, 2, 1e-12))
             return q.sin().sum() + k.sum() + v.sin().sum() + kappa
         if name == "swiglu on tokens' grids":
             x_hat, kappa = training_ops.swiglu_fake_quantize_per_token(x, 4, 2, (1, 2, 1e-12))

@@ -4,7 +4,7 @@ Everything is computed in float32 (float64 stays float64), whatever the autocast
 """
 
 import torch
-from lit_actreg_kernels import training_ops
+from lit_actreg_kernels import training_ops, view_ops
 from lit_actreg_kernels.grid import dequantize, quantize, symmetric_scale
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def tap_token_kurtosis(y: Tensor, every_nth_token: int | None) -> tuple[Tensor, 
     """The y to go on with, and :func:`token_kurtosis` of it (None: of no token)."""
     if every_nth_token is None:
         return y, None
-    return training_ops.token_kurtosis(y, *looks(y.shape[-2], every_nth_token))
+    return view_ops.token_kurtosis(y, *looks(y.shape[-2], every_nth_token))
 
 
 def channel_means(x: Tensor) -> tuple[Tensor, Tensor]:
