@@ -48,17 +48,32 @@ def on_grid(x, scale, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
 
 
 @triton.jit
-def straight_through(x, g, scale, zero_point, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, MASKED: tl.constexpr):
-    """The module's table for every element of float32 x and g: dx, and what it adds to dc⁻ and to dc⁺."""
+def no_sums(BLOCK: tl.constexpr):
+    """The clips' sums over tiles of BLOCK elements, before the first: of (2^b − 1) δ g between, g below, g above."""
+    zeros = tl.zeros((BLOCK // 8 if BLOCK > 8 else 1,), tl.float32)
+    return zeros, zeros, zeros
+
+
+@triton.jit
+def _add(sums, x):
+    """Eight neighbours are one thread's: it keeps their sum, and has registers left for more programs at once."""
+    return sums + tl.sum(tl.reshape(x, (sums.shape[0], x.shape[0] // sums.shape[0])), 1)
+
+
+@triton.jit
+def straight_through(x, g, scale, zero_point, sums, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, MASKED: tl.constexpr):
+    """The module's table for every element of float32 x and g: dx, and the sums with what they add to them."""
+    between, low, high = sums
     u = x * tl.div_rn(1.0, scale) + zero_point
-    rounded = g * (u - round_half_even(u)) * (1.0 / (Q_MAX - Q_MIN))
     above = x >= (Q_MAX - zero_point) * scale
     below = x <= (Q_MIN - zero_point) * scale
-    d_low = tl.where(below, g, tl.where(above, 0.0, rounded))
-    d_high = tl.where(above, g, tl.where(below, 0.0, -rounded))
-    if MASKED:
-        g = tl.where(above | below, 0.0, g)
-    return g, d_low, d_high
+    inner = tl.where(above | below, 0.0, g)
+    sums = (
+        _add(between, inner * (u - round_half_even(u))),
+        _add(low, tl.where(below, g, 0.0)),
+        _add(high, tl.where(above, g, 0.0)),
+    )
+    return inner if MASKED else g, sums
 
 
 @triton.jit
@@ -96,24 +111,24 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
 ):
     scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
-    sum_low, sum_high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    sums = no_sums(BLOCK)
     for tile in tl.range(tl.program_id(0), tl.cdiv(num, BLOCK), tl.num_programs(0)):
         offsets = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = offsets < num
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # zero outside: adds nothing to a sum
-        dx, d_low, d_high = straight_through(x, g, scale, zero_point, Q_MIN, Q_MAX, MASKED)
+        dx, sums = straight_through(x, g, scale, zero_point, sums, Q_MIN, Q_MAX, MASKED)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        sum_low += d_low
-        sum_high += d_high
-    store_clip_sums(clips_ptr, sum_low, sum_high)
+    store_clip_sums(clips_ptr, sums, Q_MIN, Q_MAX)
 
 
 @triton.jit
-def store_clip_sums(clips_ptr, sum_low, sum_high):
+def store_clip_sums(clips_ptr, sums, Q_MIN: tl.constexpr, Q_MAX: tl.constexpr):
     """Puts this program's share of dc⁻ and dc⁺ into its column of clips [2, programs]."""
-    tl.store(clips_ptr + tl.program_id(0), tl.sum(sum_low, 0))
-    tl.store(clips_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(sum_high, 0))
+    between, low, high = sums
+    between = tl.sum(between, 0) / (Q_MAX - Q_MIN)
+    tl.store(clips_ptr + tl.program_id(0), tl.sum(low, 0) + between)
+    tl.store(clips_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(high, 0) - between)
 
 
 def visible(kernel: Any) -> Any:

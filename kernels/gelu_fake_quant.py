@@ -18,7 +18,15 @@ h contiguous [..., H] or, gated, [..., 2H]; clips [1]. Partial sums as in :mod:`
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
+from lit_actreg_kernels.fake_quant import (
+    load_grid,
+    no_sums,
+    on_grid,
+    programs_for,
+    store_clip_sums,
+    straight_through,
+    visible,
+)
 from lit_actreg_kernels.gelu_quant import gelu, normal_distribution, sigmoid, swiglu
 from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.kurtosis import add_if_wanted, empty_tiles, joined, look_if_wanted, share_of, terms_of
@@ -91,7 +99,7 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
 ):
     scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
-    sum_low, sum_high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    sums = no_sums(BLOCK)
     dtype = h_ptr.dtype.element_ty
     tiles = tl.cdiv(H, BLOCK)
     if STEP:
@@ -115,9 +123,7 @@ def _backward_kernel(
             cumulative, density = normal_distribution(h)
             y = h * cumulative
         y = y.to(dtype).to(tl.float32)
-        dy, d_low, d_high = straight_through(y, g, scale, zero_point, Q_MIN, Q_MAX, MASKED)
-        sum_low += d_low
-        sum_high += d_high
+        dy, sums = straight_through(y, g, scale, zero_point, sums, Q_MIN, Q_MAX, MASKED)
         if GATED:
             d_gate = dy * up * share * (1.0 + gate * (1.0 - share))
             d_up = dy * gate * share
@@ -131,7 +137,7 @@ def _backward_kernel(
             if STEP:
                 dh = add_if_wanted(dh, h, wanted, terms, d_kappa)
             tl.store(dh_ptr + at, dh.to(dtype), mask=inside)
-    store_clip_sums(clips_ptr, sum_low, sum_high)
+    store_clip_sums(clips_ptr, sums, Q_MIN, Q_MAX)
 
 
 def _rows(h: Tensor, gated: bool, looks: bool) -> tuple[int, int]:

@@ -24,7 +24,15 @@ autocast). Statistics as in :mod:`.norm_quant`; K ≤ 65,536, all float dtypes b
 import torch
 import triton
 import triton.language as tl
-from lit_actreg_kernels.fake_quant import load_grid, on_grid, programs_for, store_clip_sums, straight_through, visible
+from lit_actreg_kernels.fake_quant import (
+    load_grid,
+    no_sums,
+    on_grid,
+    programs_for,
+    store_clip_sums,
+    straight_through,
+    visible,
+)
 from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.kurtosis import (
     empty_tiles,
@@ -40,7 +48,8 @@ from lit_actreg_kernels.kurtosis import (
 from lit_actreg_kernels.norm_quant import normalize
 from torch import Tensor
 
-_PROGRAMS_PER_PROCESSOR = 4
+# Of the backward pass. 4 to 8 run at once, by the registers that the compiler takes: whole waves, or nearly.
+_PROGRAMS_PER_PROCESSOR, _PROGRAMS_WITH_KURTOSIS = 8, 12
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -153,7 +162,7 @@ def _backward_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)
     scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
-    sum_low, sum_high = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    sums = no_sums(BLOCK_K)
     sum_weight, sum_bias = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     if STEP:
         d_kappa = share_of(d_kappa_ptr, num_looked_at)
@@ -173,9 +182,7 @@ def _backward_kernel(
         if HAS_BIAS:
             value += bias
         value = value.to(VALUE_DTYPE).to(tl.float32)
-        dv, d_low, d_high = straight_through(value, g, scale, zero_point, Q_MIN, Q_MAX, MASKED)
-        sum_low += d_low
-        sum_high += d_high
+        dv, sums = straight_through(value, g, scale, zero_point, sums, Q_MIN, Q_MAX, MASKED)
         sum_weight += dv * normed
         if HAS_BIAS:
             sum_bias += dv
@@ -195,7 +202,7 @@ def _backward_kernel(
                 y = tl.load(y_ptr, mask=k < tl.where(wanted, K, 0), other=0.0).to(tl.float32)
                 dx += tl.where(wanted, row_gradient(y, terms, d_kappa), 0.0)
             tl.store(dy_ptr + row * K + k, dx.to(dy_ptr.dtype.element_ty), mask=inside)
-    store_clip_sums(clips_ptr, sum_low, sum_high)
+    store_clip_sums(clips_ptr, sums, Q_MIN, Q_MAX)
     program = tl.program_id(0)
     tl.store(parameters_ptr + program * K + k, sum_weight, mask=inside)
     tl.store(parameters_ptr + (tl.num_programs(0) + program) * K + k, sum_bias, mask=inside)
@@ -300,7 +307,7 @@ def add_norm_fake_quantize_backward(
     has_dy = step > 0 or y_dtype != new.dtype
     dx, dy = torch.empty_like(new), new.new_empty(new.shape if has_dy else 0, dtype=y_dtype)
     block = triton.next_power_of_2(num_columns)
-    programs = programs_for(new.device, _PROGRAMS_PER_PROCESSOR)
+    programs = programs_for(new.device, _PROGRAMS_WITH_KURTOSIS if step else _PROGRAMS_PER_PROCESSOR)
     parameters = new.new_empty((2, programs, num_columns), dtype=torch.float32)
     clips = new.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
