@@ -217,7 +217,8 @@ def joined(tiles: Tensor, num_columns: int, eps: float) -> tuple[Tensor, Tensor]
     num_rows, num_tiles, _ = tiles.shape
     block_tiles = triton.next_power_of_2(num_tiles)
     block = max(1, _JOIN_BLOCK // block_tiles)
-    programs = triton.cdiv(num_rows, block)
+    # One more than has rows: of a number that may be 1 torch.compile makes another compilation.
+    programs = triton.cdiv(num_rows, block) + 1 if num_rows else 0
     kappa, terms = tiles.new_empty(programs), tiles.new_empty((num_rows, 4))
     if num_rows:
         sizes = (num_rows, num_tiles, num_columns, eps, block, block_tiles)
