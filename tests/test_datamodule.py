@@ -6,6 +6,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -232,3 +234,21 @@ def test_a_damaged_cache_is_named(corpus, tmp_path, name, length):
     os.truncate(data.packed_folder / name, length)
     with pytest.raises(ValueError, match=r"/packed-\w+ is damaged \(.*\): delete it, and it is made again"):
         (data.setup("fit"), data.train_token_counts)
+
+
+AT_EXIT = """
+import sys
+from lit_actreg.data import TextDataModule
+module = TextDataModule(sys.argv[1], context=16, batch_size=4, vocab_size=300, cache_dir=sys.argv[2])
+module.prepare_data()
+module.setup("fit")
+loader = module.train_dataloader()
+print(list(next(iter(loader)).shape))
+"""
+
+
+def test_a_program_with_a_loader_in_use_can_end(corpus):
+    """Python then ends the workers by SIGTERM, which they ignore from others, and waits for them."""
+    command = [sys.executable, "-c", AT_EXIT, str(corpus), str(corpus.parent / "cache")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "[4, 17]\n"), result.stderr

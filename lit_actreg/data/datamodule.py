@@ -15,8 +15,11 @@ import errno
 import functools
 import hashlib
 import math
+import multiprocessing
+import os
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -344,8 +347,20 @@ class TextDataModule(LightningDataModule):
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """A cluster's SIGTERM to all processes of a job must not end the workers before the trainer has its checkpoint."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A cluster's SIGTERM to all processes of a job must not end the workers before the trainer has its checkpoint.
+
+    The trainer's own ends them: so it does, and then waits for them, where it exits with a loader still in use.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # here and in the threads that are started from here on
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
+        pass
+    os._exit(0)
 
 
 def as_batch(rows: Tensor) -> Tensor:
