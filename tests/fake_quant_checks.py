@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -93,6 +94,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", fill(torch.Tensor.new_empty))
+
+
+def few_programs(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    """From here on a backward pass of the module has three programs, so that each walks over several tiles."""
+    monkeypatch.setattr(module, "programs_for", lambda *_: 3)
 
 
 COMPILE = """

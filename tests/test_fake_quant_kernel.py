@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fake_quant_checks import GRIDS, assert_near, assert_sum_near, clips, doubled, formula, poison
+from fake_quant_checks import GRIDS, assert_near, assert_sum_near, clips, doubled, few_programs, formula, poison
 from lit_actreg_kernels import fake_quant, training_reference
 from quantizer_checks import DEVICE, DTYPES
 
@@ -17,6 +17,7 @@ def test_values_and_gradients(monkeypatch, dtype, bits, integer, masked, shape):
     expected = formula(wide, low, high, bits, integer, masked)
     expected.backward(g.double())
     poison(monkeypatch)
+    few_programs(monkeypatch, fake_quant)
     x, g = x.to(DEVICE), g.to(DEVICE)
     x_hat = fake_quant.fake_quantize(x, *clips(), bits, integer)
     dx, sums = fake_quant.fake_quantize_backward(g, x, *clips(), bits, integer, masked)

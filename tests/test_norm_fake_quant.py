@@ -9,12 +9,13 @@ from fake_quant_checks import (
     assert_sum_near,
     clips,
     doubled,
+    few_programs,
     formula,
     poison,
     programs_at_once,
     resources,
 )
-from lit_actreg_kernels import norm_fake_quant
+from lit_actreg_kernels import norm_fake_quant, training_reference
 from lit_actreg_kernels.training_ops import NOWHERE
 from quantizer_checks import DEVICE, on_device
 from torch.nn import functional
@@ -63,6 +64,7 @@ def test_values_and_gradients(
     (loss + D_KAPPA * kappa).backward()
 
     poison(monkeypatch)
+    few_programs(monkeypatch, norm_fake_quant)
     x, y, weight, bias, g, d_new = on_device(x, y, weight, bias, g, d_new)
     found_new, x_hat, statistics, found_kappa, *kept = norm_fake_quant.add_norm_fake_quantize(
         x, y, weight, bias, *clips(), EPS, rms, bits, integer, value_dtype, out_dtype, *looks
@@ -101,6 +103,28 @@ def test_values_and_gradients(
         assert_near(parameters[1].sum(0), wide_bias.grad, value_dtype, roundings=16)
     for found, clip in zip(sums.sum(1), (low, high), strict=True):
         assert_sum_near(found, clip.grad, g.cpu(), value_dtype, bits)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 8, 9])
+def test_rows_of_few_columns(columns):
+    torch.manual_seed(0)
+    x, y, g, d_new = torch.randn(4, 3, 5, columns)
+    weight, bias, d_kappa = torch.rand(columns) + 0.5, torch.randn(columns), torch.tensor(D_KAPPA)
+
+    def both_ways(module, *tensors):
+        x, y, g, d_new, weight, bias, d_kappa, *ends = tensors
+        grid, dtype = (False, 4, True), torch.float32
+        norm = (weight, bias, *ends)
+        new, x_hat, statistics, _, *kept = module.add_norm_fake_quantize(x, y, *norm, EPS, *grid, dtype, dtype, *LOOKS)
+        rest = (*norm, *grid, True, dtype, *kept, d_kappa, *LOOKS[:2])
+        dx, dy, *sums = module.add_norm_fake_quantize_backward(g, d_new, new, dtype, statistics, *rest)
+        return x_hat, dx, dy, *(s.sum(1) for s in sums)
+
+    tensors = (x, y, g, d_new, weight, bias, d_kappa)
+    expected = both_ways(training_reference, *tensors, *clips(device="cpu"))
+    found = both_ways(norm_fake_quant, *on_device(*tensors), *clips())
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-4)
 
 
 def test_sums_do_not_depend_on_the_run():
