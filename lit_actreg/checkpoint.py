@@ -10,6 +10,7 @@ from a whole one by its end: a file's table of contents comes last, and a folder
 
 import hashlib
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,9 @@ def damage(path: Path) -> str | None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """A fit's checkpoints in a folder, by the time they were written; the link ``last.ckpt`` is none."""
-    return sorted(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    """A fit's checkpoints in a folder, by the time they were written; ``last.ckpt`` is none, nor others' names."""
+    ours = [path for path in folder.glob("step=*.ckpt") if re.fullmatch(r"step=\d+\.ckpt", path.name)]
+    return sorted(ours, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def whole_or_before(path: Path) -> Path:

@@ -60,6 +60,15 @@ def test_the_newest_two_are_kept(written):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before the fit
 
 
+def test_others_checkpoints_stay(corpus, tmp_path):
+    """A ModelCheckpoint of the user's beside ours, with names that begin as ours do."""
+    theirs = ["step=1-epoch=0.ckpt", "step=best.ckpt"]
+    (tmp_path / "checkpoints").mkdir()
+    for name in theirs:
+        (tmp_path / "checkpoints" / name).write_bytes(b"theirs")
+    assert names(fit(corpus, tmp_path)) == sorted(["last.ckpt", "step=6.ckpt", "step=7.ckpt", *theirs])
+
+
 def test_no_file_is_seen_half_written(corpus, tmp_path, monkeypatch):
     """A write that fails half way leaves the checkpoints as they were, and a line; the next clears what a killed one
     has left."""
