@@ -25,6 +25,7 @@ from lit_actreg.checkpoint import TOKENIZER_KEY, is_sharded, load_lightning_chec
 from lit_actreg.config import ModelConfig, OptimConfig, QuantConfig, as_plain
 from lit_actreg.contracts import LossTerm, Regularizer
 from lit_actreg.data.packed import IGNORE
+from lit_actreg.data.resume import ResumableLoader
 from lit_actreg.generate import generate
 from lit_actreg.huggingface import load_huggingface
 from lit_actreg.model import Decoder, linear_dtype
@@ -210,18 +211,21 @@ class LitLanguageModel(LightningModule):
             metric.update(self.cross_entropy(self.model.head, hidden, targets), num_targets)
 
     def on_validation_epoch_start(self) -> None:
-        self._widen(self.val_loss)
+        self._begin(self.val_loss)
 
     def on_test_epoch_start(self) -> None:
-        self._widen(self.test_loss)
+        self._begin(self.test_loss)
 
-    def _widen(self, metric: MeanMetric) -> None:
-        """Sums in float32 at least: at bf16-true and 16-true Lightning casts a module's metrics, and sums stall."""
+    def _begin(self, metric: MeanMetric) -> None:
+        """Sums in float32 at least: at bf16-true and 16-true Lightning casts a module's metrics, and sums stall.
+
+        Reset here, not when an epoch ends: what inference mode makes, as `validate` runs in it, `fit` could not add to.
+        """
+        metric.reset()
         metric.set_dtype(torch.float64 if self.dtype == torch.float64 else torch.float32)
 
     def _log_perplexity(self, metric: MeanMetric, stage: str) -> None:
         loss = metric.compute()
-        metric.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True)
 
@@ -276,6 +280,11 @@ class LitLanguageModel(LightningModule):
     def on_train_start(self) -> None:
         """What ``optim`` says now holds, also where an optimizer came with a checkpoint and its own rates."""
         self._losses_to_log = []
+        if isinstance(self.trainer.train_dataloader, ResumableLoader) and self.trainer.datamodule is None:  # type: ignore[attr-defined]
+            raise ValueError(
+                "a loader of the DataModule came without it: all ranks and passes would see one order; call fit(model, "
+                "datamodule=data)"
+            )
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)

@@ -108,6 +108,22 @@ def test_perplexity_does_not_depend_on_the_batch_size(corpus):
     assert list(seen.values()) == pytest.approx([expected] * 4, rel=1e-5)
 
 
+def test_a_module_that_was_validated_can_be_fitted(corpus):
+    """`validate` runs in inference mode, `fit` validates without."""
+    module, data = lit_module(), datamodule(corpus)
+    for _ in range(2):
+        trainer([], limit_val_batches=1).validate(module, datamodule=data, verbose=False)
+        trainer([], steps=1, limit_val_batches=1).fit(module, datamodule=data)
+
+
+def test_a_loader_without_its_datamodule_is_refused(corpus):
+    data = datamodule(corpus)
+    data.prepare_data()
+    data.setup("fit")
+    with pytest.raises(ValueError, match="call fit"):
+        trainer([], steps=1).fit(lit_module(), data.train_dataloader())
+
+
 @pytest.mark.parametrize("num_prompt", [1, CONTEXT - 2, CONTEXT + 5])
 def test_predict_continues_with_the_likeliest_tokens(corpus, num_prompt, capsys):
     data = datamodule(corpus)
