@@ -170,6 +170,8 @@ class ActRegCLI(LightningCLI):
                 return
             if not Path(path).exists():
                 raise ValueError(f"model.init_from {path} does not exist: name a checkpoint, also to resume the fit")
+        elif path and begun_from:
+            raise ValueError(f"--ckpt_path {path} and --model.init_from {begun_from} are two models: leave one out")
         path = path or begun_from or next(iter((several or {}).values()), None)
         if path is None:
             option = "checkpoints" if subcommand == "table" else "ckpt_path"
@@ -247,6 +249,9 @@ def main(args: list[str] | None = None) -> None:
             parser_kwargs={"prog": "lit-actreg"},
             args=args,
         )
+    except KeyboardInterrupt:
+        print("lit-actreg: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except MISTAKES as error:
         if os.environ.get("LIT_ACTREG_TRACEBACK"):
             raise

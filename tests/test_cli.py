@@ -157,6 +157,17 @@ def test_a_corpus_shorter_than_a_block(tmp_path, capsys):
     assert all(path.parts[0] == "corpus" for path in written())
 
 
+def test_an_interrupted_command_says_so(monkeypatch, made, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_actreg.trainer.quantize_model", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        main(shlex.split(f"quantize --quantizer RTN --ckpt_path {made['checkpoint']} --output out"))
+    assert exit.value.code == 130
+    assert capsys.readouterr().err.endswith("lit-actreg: interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("command", "line"),
     [
@@ -171,6 +182,10 @@ def test_a_corpus_shorter_than_a_block(tmp_path, capsys):
         ("quantize --quantizer RTN --ckpt_path {corpus}/000.txt --output out", "is not a checkpoint of lit-actreg"),
         ("quantize --quantizer RTN --ckpt_path {corpus} --output out", "config.json"),
         ("quantize --quantizer RTN --ckpt_path {artifact} --output out", "is quantized already"),
+        (
+            "quantize --quantizer RTN --ckpt_path {checkpoint} --model.init_from {artifact} --output out",
+            "are two models: leave one out",
+        ),
         ("quantize --quantizer RTN --ckpt_path {checkpoint} --output {artifact}", "already holds a quantized"),
         ("quantize --quantizer RTN --ckpt_path {checkpoint} --output {corpus}", "is not a quantized checkpoint"),
         ("validate --trainer.plugins W4A4Precision --ckpt_path {checkpoint}", "found no quantized linear"),

@@ -349,8 +349,10 @@ class TextDataModule(LightningDataModule):
 def leave_signals_to_the_trainer(worker: int) -> None:
     """A cluster's SIGTERM to all processes of a job must not end the workers before the trainer has its checkpoint.
 
-    The trainer's own ends them: so it does, and then waits for them, where it exits with a loader still in use.
+    Nor must Ctrl-C, which goes to all of a terminal's, before the trainer ends its fit. The trainer's own SIGTERM does:
+    it sends one, and then waits, where it exits with a loader still in use.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # here and in the threads that are started from here on
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 
