@@ -8,6 +8,7 @@ LIT_ACTREG_TRACEBACK=1 shows where it was noticed.
 
 import math
 import os
+import re
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -225,7 +226,12 @@ def import_plugins() -> None:
 
 
 def one_line(message: str) -> str:
-    """An error's message as one line, without jsonargparse's account of the other types that did not fit either."""
+    """An error's message as one line, without jsonargparse's account of the other types that did not fit either.
+
+    Of a data worker's, which comes with a traceback, its own message.
+    """
+    if found := re.match(r"Caught (\w+) in DataLoader worker", message):
+        message = message.rpartition(f"\n{found[1]}: ")[2]
     noise = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     said = " ".join(line for line in lines if line and not line.startswith(noise))

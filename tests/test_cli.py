@@ -157,6 +157,22 @@ def test_a_corpus_shorter_than_a_block(tmp_path, capsys):
     assert all(path.parts[0] == "corpus" for path in written())
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_stream_that_breaks_off_ends_the_fit_with_a_line(tmp_path, monkeypatch, capsys, num_workers):
+    monkeypatch.setattr("lit_actreg.data.corpus.STREAM_CHUNK", 1 << 14)
+    rows = [json.dumps({"text": f"the {i}th of so many words " * 20}) for i in range(400)]
+    (tmp_path / "c.jsonl").write_text("\n".join([*rows, '{"text": "half', *rows]))
+    shape = "--model.shape='{num_layers: 1, width: 32, num_heads: 2}' --trainer.limit_val_batches=1"
+    line = mistake(
+        capsys,
+        f"fit --data.source c.jsonl --data.stream true --data.vocab_size 300 --data.context {CONTEXT} "
+        f"--data.valid_share 0.1 --data.max_documents 50 --data.num_workers {num_workers} --trainer.max_steps 9999 "
+        f"--trainer.val_check_interval 9999 {shape} {QUIET}",
+    )
+    assert line.startswith("source 'c.jsonl' cannot be read (")
+    assert line.endswith("): check it, or name another")
+
+
 def test_an_interrupted_command_says_so(monkeypatch, made, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -250,7 +250,7 @@ class TextDataModule(LightningDataModule):
         documents = training_stream(parts, self.weights, share, self.seed, self.rank, self.num_ranks)
         return StreamLoader(
             order | {"sequences": "a stream", "ranks": self.num_ranks},
-            StreamedBlocks(documents, self._encoder(), self.context),
+            StreamedBlocks(documents, self._encoder(), self.context, ", ".join(self.names)),
             self.batch_size,
             lambda: num_trained_batches(self.trainer),
             num_workers=min(1, self.num_workers),

@@ -19,7 +19,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lit_actreg.data.corpus import DOCUMENTS_PER_READ, Split, held_out, mix
+from lit_actreg.data.corpus import DOCUMENTS_PER_READ, Split, held_out, mix, reading
 from lit_actreg.data.packed import Encoder, cut
 from lit_actreg.data.resume import ResumableLoader
 
@@ -55,10 +55,11 @@ class StreamedBlocks(IterableDataset[Tensor]):
         documents: This rank's documents, one column "text".
         encoder: Texts to ids.
         context: Tokens of a training sequence.
+        name: Of the sources, for errors.
     """
 
-    def __init__(self, documents: datasets.IterableDataset, encoder: Encoder, context: int) -> None:
-        self.documents, self.encoder, self.length = documents, encoder, context + 1
+    def __init__(self, documents: datasets.IterableDataset, encoder: Encoder, context: int, name: str) -> None:
+        self.documents, self.encoder, self.length, self.name = documents, encoder, context + 1, name
         self.first_block = 0
 
     def pieces(self) -> Iterator[Any]:
@@ -67,13 +68,17 @@ class StreamedBlocks(IterableDataset[Tensor]):
         while True:
             self.documents.set_epoch(pass_index)
             empty = True
-            for batch in self.documents.iter(batch_size=DOCUMENTS_PER_READ):
+            for batch in self._read():
                 for ids in self.encoder(batch["text"]):
                     empty = False
                     yield ids
             if empty:
                 raise ValueError("data.source streams no training document to this rank: give more text, or pack it")
             pass_index += 1
+
+    def _read(self) -> Iterator[Any]:
+        with reading(self.name):
+            yield from self.documents.iter(batch_size=DOCUMENTS_PER_READ)
 
     def __iter__(self) -> Iterator[Tensor]:
         skip = self.first_block
