@@ -249,9 +249,10 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="no"):
         build_once(folder, fail)
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
-    (tmp_path / f".{folder.name}-killed").mkdir()
+    (tmp_path / f".{folder.name}").mkdir()
+    (tmp_path / f".{folder.name}" / "result").mkdir()  # of one that was killed
     build_once(folder, lambda at: (at / "whole").write_text("yes"))
-    assert not (tmp_path / f".{folder.name}-killed").exists()
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [folder.name]
     build_once(folder, fail)  # it is there: not built again
     assert (folder / "whole").read_text() == "yes"
 

@@ -18,7 +18,6 @@ import math
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_actreg.data.corpus import SPLITS, Corpus, Split, load_source, parse_source
-from lit_actreg.data.packed import Encoder, PackedBlocks, build_once, cache_folder, pack, token_dtype
+from lit_actreg.data.packed import Encoder, PackedBlocks, build_once, cache_folder, pack, scratch_folder, token_dtype
 from lit_actreg.data.resume import ResumableLoader, num_trained_batches, rewind
 from lit_actreg.data.sampler import EvalSampler, TrainSampler
 from lit_actreg.data.stream import StreamedBlocks, StreamLoader, training_stream
@@ -151,9 +150,9 @@ class TextDataModule(LightningDataModule):
             return  # text is generated, none is read
         if (self.given_tokenizer or self.tokenizer_path.is_file()) and self.packed_folder.is_dir():
             return
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".corpus-", dir=self.cache_dir) as scratch:
-            corpus = self._corpus(Path(scratch))
+        beside = cache_folder(self.cache_dir, ".corpus", self.corpus_identity)
+        with scratch_folder(beside) as scratch:
+            corpus = self._corpus(scratch)
             if not self.given_tokenizer:
                 build_once(
                     self.tokenizer_path.parent,

@@ -9,6 +9,7 @@ A cached result is a folder named by the hash of everything it was made from. It
 starts with a dot, and renamed when complete: a folder under its final name is whole.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -17,7 +18,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -54,24 +54,32 @@ def cache_folder(cache_dir: Path, kind: str, inputs: Any) -> Path:
     return cache_dir / f"{kind}-{key}"
 
 
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder for one process at a time, then gone; one that was killed has left no more than the next finds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path)
+
+
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     """Has ``build(empty folder)`` make a cached folder, unless it is there.
 
-    Of several processes one builds and the others wait for it; a failed build leaves no folder, and what one that was
-    killed has left is removed.
+    Of several processes one builds and the others wait for it; a failed build leaves no folder.
     """
     if folder.is_dir():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with scratch_folder(folder.with_name(f".{folder.name}")) as beside:
         if not folder.is_dir():
-            for left_over in folder.parent.glob(f".{folder.name}-*"):
-                shutil.rmtree(left_over)
-            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-                result = Path(beside) / "result"
-                result.mkdir()
-                build(result)
-                os.replace(result, folder)
+            result = beside / "result"
+            result.mkdir()
+            build(result)
+            os.replace(result, folder)
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
