@@ -222,6 +222,12 @@ def test_hub_name_config_split_and_own_validation(tmp_path, monkeypatch):
         (("a.jsonl", b'{"text": 1}\n'), "a.jsonl", ValueError, "of type int64, not text"),
         (("a.txt", b"\xff\xfe\xfa"), "a.txt", ValueError, "cannot be read.*Unicode"),
         (("valid.jsonl", jsonl(TEXTS)), "*.jsonl", ValueError, "only held-out files"),
+        (
+            ("latin.jsonl", b'{"text": "caf\xe9"}\n'),
+            "latin.jsonl",
+            ValueError,
+            "cannot be read .*can't decode byte 0xe9",
+        ),
     ],
 )
 def test_bad_sources_say_so_in_one_line(tmp_path, make, source, error, says):

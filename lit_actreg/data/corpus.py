@@ -277,7 +277,9 @@ class Corpus:
         corpora = []
         for source in self.sources:
             parts = self._open(source, self.streaming)
-            corpora.append({"train": parts["train"]} if self.valid_source else split_documents(parts, self.valid_share))
+            with reading(source.name):
+                whole = {"train": parts["train"]} if self.valid_source else split_documents(parts, self.valid_share)
+            corpora.append(whole)
         train = mix([corpus["train"] for corpus in corpora], self.weights, self.seed)
         if self.valid_source:
             return {"train": train, **self._open_valid(self.valid_source)}

@@ -56,7 +56,7 @@ def cache_folder(cache_dir: Path, kind: str, inputs: Any) -> Path:
 
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder for one process at a time, then gone; one that was killed has left no more than the next finds."""
+    """An empty folder for one process at a time, which then is gone; what a killed one has left the next removes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock")):
         shutil.rmtree(path, ignore_errors=True)
