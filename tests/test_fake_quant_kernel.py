@@ -4,6 +4,7 @@ import pytest
 import torch
 from fake_quant_checks import GRIDS, assert_near, assert_sum_near, clips, doubled, few_programs, formula, poison
 from lit_actreg_kernels import fake_quant, training_reference
+from lit_actreg_kernels.grid import code_range, grid_from_clips
 from quantizer_checks import DEVICE, DTYPES
 
 
@@ -29,6 +30,15 @@ def test_values_and_gradients(monkeypatch, dtype, bits, integer, masked, shape):
     assert torch.equal(dx.cpu().double(), wide.grad)  # g or nothing: no arithmetic
     for found, clip in zip(sums.sum(1), (low, high), strict=True):
         assert_sum_near(found, clip.grad, g.cpu(), torch.float32, bits)
+
+
+def test_a_value_on_an_end_is_outside():
+    scale, zero_point = grid_from_clips(*clips(), 4, True)
+    x = torch.cat([(q - zero_point) * scale for q in code_range(4)])
+    g = torch.tensor([1.0, 2.0], device=DEVICE)
+    dx, sums = fake_quant.fake_quantize_backward(g, x, *clips(), 4, True, True)
+    assert dx.tolist() == [0.0, 0.0]
+    assert sums.sum(1).tolist() == [1.0, 2.0]
 
 
 def test_sums_do_not_depend_on_the_run():
