@@ -56,7 +56,7 @@ def no_sums(BLOCK: tl.constexpr):
 
 @triton.jit
 def _add(sums, x):
-    """Eight neighbours are one thread's: it keeps their sum, and has registers left for more programs at once."""
+    """Eight neighbours are one thread's (float32: two threads'), so few registers hold sums, and more programs run."""
     return sums + tl.sum(tl.reshape(x, (sums.shape[0], x.shape[0] // sums.shape[0])), 1)
 
 
@@ -67,9 +67,10 @@ def straight_through(x, g, scale, zero_point, sums, Q_MIN: tl.constexpr, Q_MAX: 
     u = x * tl.div_rn(1.0, scale) + zero_point
     above = x >= (Q_MAX - zero_point) * scale
     below = x <= (Q_MIN - zero_point) * scale
-    inner = tl.where(above | below, 0.0, g)
+    outside = above | below
+    inner = tl.where(outside, 0.0, g)
     sums = (
-        _add(between, inner * (u - round_half_even(u))),
+        _add(between, inner * tl.where(outside, 0.0, u - round_half_even(u))),  # of an infinite u that is a NaN
         _add(low, tl.where(below, g, 0.0)),
         _add(high, tl.where(above, g, 0.0)),
     )

@@ -32,6 +32,15 @@ def test_values_and_gradients(monkeypatch, dtype, bits, integer, masked, shape):
         assert_sum_near(found, clip.grad, g.cpu(), torch.float32, bits)
 
 
+@pytest.mark.parametrize("far", [float("inf"), 3e38])
+def test_clips_gradients_of_far_values_are_finite(far):
+    x, g = torch.tensor([far, -far, 0.4]), torch.tensor([1.0, 2.0, 3.0])
+    expected = training_reference.fake_quantize_backward(g, x, *clips(device="cpu"), 4, True, True)
+    found = fake_quant.fake_quantize_backward(g.to(DEVICE), x.to(DEVICE), *clips(), 4, True, True)
+    torch.testing.assert_close(found[1].sum(1).cpu(), expected[1].sum(1))
+    assert torch.equal(found[0].cpu(), expected[0])
+
+
 def test_a_value_on_an_end_is_outside():
     scale, zero_point = grid_from_clips(*clips(), 4, True)
     x = torch.cat([(q - zero_point) * scale for q in code_range(4)])
