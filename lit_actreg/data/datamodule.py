@@ -253,6 +253,7 @@ class TextDataModule(LightningDataModule):
             self.batch_size,
             lambda: num_trained_batches(self.trainer),
             num_workers=min(1, self.num_workers),
+            multiprocessing_context="fork" if self.num_workers else None,
             worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
@@ -292,6 +293,7 @@ class TextDataModule(LightningDataModule):
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "multiprocessing_context": "fork" if self.num_workers else None,
             "worker_init_fn": leave_signals_to_the_trainer,
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": as_batch,
@@ -352,7 +354,8 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     it sends one, and then waits, where it exits with a loader still in use.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # here and in the threads that are started from here on
+    # here and in the threads that are started from here on: in a forked worker, all
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 
 
