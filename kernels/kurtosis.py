@@ -217,7 +217,7 @@ def joined(tiles: Tensor, num_columns: int, eps: float) -> tuple[Tensor, Tensor]
     num_rows, num_tiles, _ = tiles.shape
     block_tiles = triton.next_power_of_2(num_tiles)
     block = max(1, _JOIN_BLOCK // block_tiles)
-    # One more than has rows: of a number that may be 1 torch.compile makes another compilation.
+    # The last program has no rows and adds zero: torch.compile compiles sizes of 1 apart, and this one never is.
     programs = triton.cdiv(num_rows, block) + 1 if num_rows else 0
     kappa, terms = tiles.new_empty(programs), tiles.new_empty((num_rows, 4))
     if num_rows:

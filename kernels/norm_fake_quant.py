@@ -48,7 +48,7 @@ from lit_actreg_kernels.kurtosis import (
 from lit_actreg_kernels.norm_quant import normalize
 from torch import Tensor
 
-# Of the backward pass. 4 to 8 run at once, by the registers that the compiler takes: whole waves, or nearly.
+# Of the backward pass, measured; of rows of 1,024 4 to 9 run at once, by the registers that the compiler takes.
 _PROGRAMS_PER_PROCESSOR, _PROGRAMS_WITH_KURTOSIS = 8, 12
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

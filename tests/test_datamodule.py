@@ -239,7 +239,7 @@ def test_a_damaged_cache_is_named(corpus, tmp_path, name, length):
 AT_EXIT = """
 import sys
 from lit_actreg.data import TextDataModule
-module = TextDataModule(sys.argv[1], context=16, batch_size=4, vocab_size=300, cache_dir=sys.argv[2])
+module = TextDataModule(sys.argv[1], context=16, batch_size=4, num_workers=1, vocab_size=300, cache_dir=sys.argv[2])
 module.prepare_data()
 module.setup("fit")
 loader = module.train_dataloader()

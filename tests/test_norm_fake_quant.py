@@ -149,16 +149,15 @@ def types_of(stream: str) -> dict[str, str]:
     return types | dict.fromkeys(["num_rows", "num_looked_at", "K", "T"], "i32")
 
 
-def test_registers_leave_room_for_four_programs_of_the_backward_pass(tmp_path):
-    """At once, of rows of 1,024: so that those launched are whole waves."""
+def test_registers_leave_room_for_programs_of_the_backward_pass(tmp_path):
+    """At once, of rows of 1,024. With clips' sums for every element a bfloat16 stream has room for four."""
     module = norm_fake_quant
     grid = GRID | {"BLOCK_K": 1024, "STAGES": 3}
     looks = [{"FIRST": step // 2, "STEP": step} for step in (0, 4)]
     variants = [grid | look | {"RMS": rms, "HAS_BIAS": not rms} for look in looks for rms in (False, True)]
-    for stream in ("*fp32", "*bf16"):
+    for stream, wanted in (("*fp32", 4), ("*bf16", 5)):
         found = programs_at_once("norm_fake_quant", types_of(stream), variants, module._num_warps(1024), tmp_path)
-        assert min(found) >= 4, (stream, found)
-    assert module._PROGRAMS_PER_PROCESSOR % 4 == module._PROGRAMS_WITH_KURTOSIS % 4 == 0
+        assert min(found) >= wanted, (stream, found)
 
 
 @pytest.mark.parametrize("block", [2048, 4096, 8192, 16384])

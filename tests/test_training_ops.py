@@ -182,7 +182,7 @@ def test_batches_of_any_size_share_two_compilations(name):
     torch._dynamo.reset()  # what other runs of this test have compiled
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
-    for num_sequences in range(2, 12):
+    for num_sequences in (2, 200, 3, 5, 11):
         compiled(torch.randn(num_sequences, 6, 24, device=DEVICE, requires_grad=True)).backward()
     assert counter.frame_count <= 2
 
