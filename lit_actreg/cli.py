@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ class ActRegCLI(LightningCLI):
             options["ckpt_path"] = str(found) if found else None
             rank_zero_info(f"--ckpt_path last is {found}" if found else f"{folder} has no checkpoint yet: a new fit")
         path, strategy = options.get("ckpt_path"), self.trainer.strategy
+        folder = run_folder(self.trainer)
+        if not path and not self.trainer.fast_dev_run and last_checkpoint([folder / "checkpoints"]):
+            raise ValueError(
+                f"{folder} has another fit's checkpoints, which a new one would replace: resume it with --ckpt_path last, "
+                "or name another version"
+            )
         clips_from = options.clips.from_checkpoint
         if clips_from and not path and not Path(clips_from).exists():
             raise ValueError(f"clips.from_checkpoint {clips_from} does not exist: name a .ckpt of a fit")
@@ -252,7 +258,7 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=1,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "lit-actreg"},
+            parser_kwargs={"prog": "lit-actreg", "version": version("lit-actreg")},
             args=args,
         )
     except KeyboardInterrupt:

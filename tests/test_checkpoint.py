@@ -133,7 +133,24 @@ def test_sigterm_before_the_first_batch_is_answered_after_it(corpus, tmp_path, c
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_last_is_found_in_the_run_and_goes_on_from_the_whole_one(corpus, tmp_path, caplog, monkeypatch):
+def test_ctrl_c_once_more_ends_at_once(corpus, tmp_path, capfd):
+    class Impatient(Callback):
+        def on_train_batch_start(self, *_):
+            os.kill(os.getpid(), signal.SIGINT)
+
+        def on_before_backward(self, *_):
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the second one should have ended the fit")
+
+    engine = trainer([ResumeCheckpoint(), Impatient()], enable_checkpointing=True, default_root_dir=tmp_path)
+    with pytest.raises(SystemExit):
+        engine.fit(lit_module(), datamodule=datamodule(corpus))
+    assert "a checkpoint is written after the next batch; once more ends at once" in capfd.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_last_is_found_in_the_run_and_goes_on_from_the_whole_one(corpus, tmp_path, caplog, capsys, monkeypatch):
     caplog.set_level("INFO")
     monkeypatch.chdir(tmp_path)
     command = [
@@ -168,6 +185,10 @@ def test_last_is_found_in_the_run_and_goes_on_from_the_whole_one(corpus, tmp_pat
     assert names(tmp_path / "runs/x/version_1/checkpoints") == ["last.ckpt", "step=4.ckpt", "step=6.ckpt"]
     main([*command, "--trainer.max_steps=8", "--trainer.logger.version=1"])
     assert "--ckpt_path last is runs/x/version_1/checkpoints/step=6.ckpt" in caplog.text
+    assert names(tmp_path / "runs/x/version_1/checkpoints") == ["last.ckpt", "step=6.ckpt", "step=8.ckpt"]
+    with pytest.raises(SystemExit):
+        main([*command[:-1], "--trainer.max_steps=8", "--trainer.logger.version=1"])
+    assert "runs/x/version_1 has another fit's checkpoints, which a new one would replace" in capsys.readouterr().err
     assert names(tmp_path / "runs/x/version_1/checkpoints") == ["last.ckpt", "step=6.ckpt", "step=8.ckpt"]
 
 

@@ -1,4 +1,4 @@
-"""A fit that SIGTERM or SIGKILL ends goes on with ``--ckpt_path last`` to the losses of one that nothing ended.
+"""A fit that SIGTERM, Ctrl-C or SIGKILL ends goes on with ``--ckpt_path last`` to the losses of one that nothing ended.
 
 Real processes, through the command line, with every callback on, ended at a moment that differs from run to run.
 """
@@ -86,9 +86,11 @@ def ended(command: list[str], checkpoints: Path, with_signal: signal.Signals, gr
     return process.returncode, stderr
 
 
-@pytest.mark.parametrize(("with_signal", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("with_signal", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_an_ended_fit_goes_on_to_the_same_losses(folder, with_signal, status, caplog):
-    """SIGTERM goes to all processes of the job, data workers included, as SLURM sends it."""
+    """Signals go to all processes of the job, data workers included, as SLURM and terminals send them."""
     name = with_signal.name
     checkpoints = folder / name / "version_0" / "checkpoints"
     found, stderr = ended(["-m", "lit_actreg", *arguments(folder, name)], checkpoints, with_signal, group=True)
@@ -96,8 +98,8 @@ def test_an_ended_fit_goes_on_to_the_same_losses(folder, with_signal, status, ca
     last = load_lightning_checkpoint(checkpoints / "last.ckpt")["global_step"]
     reached = max(step for step, _ in scalars(folder / name / "version_0", 0)["train/loss"]) + 1
     assert 0 < last < STEPS
-    if with_signal == signal.SIGTERM:
-        assert f"step={last}.ckpt is written" in stderr
+    if with_signal != signal.SIGKILL:
+        assert f"{name}: {checkpoints / f'step={last}.ckpt'} is written" in stderr
     else:
         assert last % INTERVAL == 0
         assert reached - last <= INTERVAL

@@ -1,4 +1,4 @@
-"""The checkpoint to resume from: written every N optimizer steps, on SIGTERM, and when a fit ends.
+"""The checkpoint to resume from: written every N optimizer steps, on SIGTERM or Ctrl-C, and when a fit ends.
 
 In the folder ``checkpoints`` of the run lie the newest two, ``step=N.ckpt``, and ``last.ckpt``, a link to the newest.
 `fit --ckpt_path last` finds it, also from a new version of the same run; where it is torn, the one before it is used
@@ -10,15 +10,16 @@ temporary folder and moves it, which between two file systems is a copy that a k
 holds the whole checkpoint in memory, twice. :class:`PlainFile` writes straight to the file. In shards
 (ModelParallelStrategy) every rank writes into the folder ``.step=N.part``, and the folder is renamed.
 
-**SIGTERM** (:mod:`lit_actreg.callbacks.preemption`) is answered after the batch at hand: a checkpoint is written, and
-the process exits with status 143. Inside an accumulation window the gradients gathered so far are not in it: the
-resumed fit goes back to the window's first batch (:mod:`lit_actreg.data.resume`).
+**SIGTERM and Ctrl-C** (:mod:`lit_actreg.callbacks.preemption`) are answered after the batch at hand: a checkpoint is
+written, and the process exits with status 143 or 130. Inside an accumulation window the gradients gathered so far are
+not in it: the resumed fit goes back to the window's first batch (:mod:`lit_actreg.data.resume`).
 
 For the best by validation loss add Lightning's ModelCheckpoint to ``trainer.callbacks``.
 """
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_actreg.callbacks.preemption import EXIT_STATUS, Preemption
+from lit_actreg.callbacks.preemption import Preemption
 from lit_actreg.checkpoint import newest_first
 
 
@@ -109,23 +110,24 @@ class ResumeCheckpoint(Checkpoint):
                 trainer.strategy.checkpoint_io = PlainFile()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.preemption.install(trainer)  # a SIGTERM from here on is answered after the first batch
+        self.preemption.install(trainer)  # a signal from here on is answered after the first batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
         self.preemption.install(trainer)  # a resumed fit has no sanity check
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Saves where the interval divides the step, and at once after SIGTERM."""
+        """Saves where the interval divides the step, and at once after SIGTERM or Ctrl-C."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.global_step % self.every_n_steps == 0:
             self.save_once(trainer)
-        if self.preemption.requested():
+        if number := self.preemption.requested():
             if not self._path(trainer).exists():
                 self.save(trainer)
-            rank_zero_info(f"SIGTERM: {self._path(trainer)} is written; the same fit with --ckpt_path last goes on")
-            raise SystemExit(EXIT_STATUS)
+            name, path = signal.Signals(number).name, self._path(trainer)
+            rank_zero_info(f"{name}: {path} is written; the same fit with --ckpt_path last goes on")
+            raise SystemExit(128 + number)  # what a shell reports of a process that the signal ended
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last step is worth keeping, whether or not the interval divides it."""
