@@ -307,7 +307,8 @@ def add_norm_fake_quantize_backward(
     has_dy = step > 0 or y_dtype != new.dtype
     dx, dy = torch.empty_like(new), new.new_empty(new.shape if has_dy else 0, dtype=y_dtype)
     block = triton.next_power_of_2(num_columns)
-    programs = programs_for(new.device, _PROGRAMS_WITH_KURTOSIS if step else _PROGRAMS_PER_PROCESSOR)
+    wanted, num_warps = _PROGRAMS_WITH_KURTOSIS if step else _PROGRAMS_PER_PROCESSOR, _num_warps(block)
+    programs = programs_for(new.device, min(wanted, 64 // num_warps))  # of 64 warps that a multiprocessor has room for
     parameters = new.new_empty((2, programs, num_columns), dtype=torch.float32)
     clips = new.new_empty((2, programs), dtype=torch.float32)
     q_min, q_max = code_range(bits)
@@ -343,6 +344,6 @@ def add_norm_fake_quantize_backward(
         DY=has_dy,
         BLOCK_K=block,
         STAGES=_num_stages(block * sum(t.element_size() for t in (g, d_new, new, *([rows] if step else [])))),
-        num_warps=_num_warps(block),
+        num_warps=num_warps,
     )
     return dx, dy, parameters, clips

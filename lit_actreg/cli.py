@@ -115,8 +115,8 @@ class ActRegCLI(LightningCLI):
         folder = run_folder(self.trainer)
         if not path and not self.trainer.fast_dev_run and last_checkpoint([folder / "checkpoints"]):
             raise ValueError(
-                f"{folder} has another fit's checkpoints, which a new one would replace: resume it with --ckpt_path last, "
-                "or name another version"
+                f"{folder} has another fit's checkpoints, which a new one would replace: resume it with --ckpt_path "
+                "last, or name another version"
             )
         clips_from = options.clips.from_checkpoint
         if clips_from and not path and not Path(clips_from).exists():
