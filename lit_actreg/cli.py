@@ -113,7 +113,8 @@ class ActRegCLI(LightningCLI):
             rank_zero_info(f"--ckpt_path last is {found}" if found else f"{folder} has no checkpoint yet: a new fit")
         path, strategy = options.get("ckpt_path"), self.trainer.strategy
         folder = run_folder(self.trainer)
-        if not path and not self.trainer.fast_dev_run and last_checkpoint([folder / "checkpoints"]):
+        writes = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if writes and not path and last_checkpoint([folder / "checkpoints"]):
             raise ValueError(
                 f"{folder} has another fit's checkpoints, which a new one would replace: resume it with --ckpt_path "
                 "last, or name another version"
