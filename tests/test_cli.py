@@ -90,6 +90,7 @@ def written() -> list[Path]:
         ),
         ("fit --ckpt_path best --trainer.max_steps 1", 'ckpt_path "best": a fit keeps its newest checkpoints'),
         ("fit --data.source missing.txt --trainer.max_steps 1", "'missing.txt' does not exist: name a file"),
+        ("fit --data.source '' --trainer.max_steps 1", "data.source '' names nothing: name a source"),
         ("fit --model.shape.width 33", "width 33 does not split into 4 heads"),
         ("fit --model.shape.style gpt", r'"model\.shape\.style": Expected .*neox.*Got value: gpt'),
         ("fit --model.quant.activation_bits 9", "activation_bits 9 is out of range: choose 2 to 8"),

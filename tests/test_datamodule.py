@@ -239,7 +239,9 @@ def test_a_damaged_cache_is_named(corpus, tmp_path, name, length):
 AT_EXIT = """
 import sys
 from lit_actreg.data import TextDataModule
-module = TextDataModule(sys.argv[1], context=16, batch_size=4, num_workers=1, vocab_size=300, cache_dir=sys.argv[2])
+source, cache, stream = sys.argv[1:]
+shape = {"context": 16, "batch_size": 4, "vocab_size": 300}
+module = TextDataModule(source, **shape, num_workers=1, cache_dir=cache, stream=stream == "True")
 module.prepare_data()
 module.setup("fit")
 loader = module.train_dataloader()
@@ -247,8 +249,9 @@ print(list(next(iter(loader)).shape))
 """
 
 
-def test_a_program_with_a_loader_in_use_can_end(corpus):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_program_with_a_loader_in_use_can_end(corpus, stream):
     """Python then ends the workers by SIGTERM, which they ignore from others, and waits for them."""
-    command = [sys.executable, "-c", AT_EXIT, str(corpus), str(corpus.parent / "cache")]
+    command = [sys.executable, "-c", AT_EXIT, str(corpus), str(corpus.parent / "cache"), str(stream)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (0, "[4, 17]\n"), result.stderr

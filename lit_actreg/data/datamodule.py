@@ -83,8 +83,8 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         self.prompts = prompts or []
         names = [source] if isinstance(source, str) else source
-        if not names:
-            raise ValueError('data.source is an empty list: name a source, for instance "sotu"')
+        if not names or not all(names):
+            raise ValueError(f'data.source {source!r} names nothing: name a source, for instance "sotu"')
         if weights is not None and (len(weights) != len(names) or min(weights) <= 0):
             raise ValueError(f"data.weights {weights} do not fit {len(names)} sources: give one positive number each")
         if not 0 < valid_share < 0.5:
