@@ -9,6 +9,7 @@ LIT_ACTREG_TRACEBACK=1 shows where it was noticed.
 import math
 import os
 import re
+import signal
 import sys
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
@@ -31,7 +32,13 @@ from lit_actreg.callbacks.loss_guard import LossGuard
 from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
 from lit_actreg.callbacks.throughput import Throughput
 from lit_actreg.callbacks.weight_penalty import WeightPenalty
-from lit_actreg.checkpoint import is_sharded, last_checkpoint, read_checkpoint_info, whole_or_before
+from lit_actreg.checkpoint import (
+    is_sharded,
+    last_checkpoint,
+    newest_first,
+    read_checkpoint_info,
+    whole_or_before,
+)
 from lit_actreg.config import OptimConfig, QuantConfig, as_plain
 from lit_actreg.contracts import ENTRY_POINT_GROUP, Quantizer
 from lit_actreg.data.datamodule import TextDataModule
@@ -101,7 +108,7 @@ class ActRegCLI(LightningCLI):
         That is the newest whole checkpoint of the run: of this version, else of any.
         """
         self.model.check(self.trainer)
-        options = self.config_init["fit"]
+        options, next_version = self.config_init["fit"], getattr(self.trainer.logger, "_version", "") is None
         if options.get("ckpt_path") == "best":
             raise ValueError('ckpt_path "best": a fit keeps its newest checkpoints, so name one, or "last"')
         if options.get("ckpt_path") == "last" and not Path("last").exists():
@@ -112,25 +119,39 @@ class ActRegCLI(LightningCLI):
             options["ckpt_path"] = str(found) if found else None
             rank_zero_info(f"--ckpt_path last is {found}" if found else f"{folder} has no checkpoint yet: a new fit")
         path, strategy = options.get("ckpt_path"), self.trainer.strategy
-        folder = run_folder(self.trainer)
-        writes = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if writes and not path and last_checkpoint([folder / "checkpoints"]):
-            raise ValueError(
-                f"{folder} has another fit's checkpoints, which a new one would replace: resume it with --ckpt_path "
-                "last, or name another version"
-            )
         clips_from = options.clips.from_checkpoint
         if clips_from and not path and not Path(clips_from).exists():
             raise ValueError(f"clips.from_checkpoint {clips_from} does not exist: name a .ckpt of a fit")
-        if not isinstance(strategy, ModelParallelStrategy):
-            if path and is_sharded(Path(path)):
-                raise ValueError(f"{path} is in shards: resume it with trainer.strategy ModelParallelStrategy")
-            return
-        sizes, num_ranks = (strategy._data_parallel_size, strategy._tensor_parallel_size), self.trainer.world_size
-        if "auto" not in sizes and math.prod(sizes) != num_ranks:
+        if isinstance(strategy, ModelParallelStrategy):
+            sizes, num_ranks = (strategy._data_parallel_size, strategy._tensor_parallel_size), self.trainer.world_size
+            if "auto" not in sizes and math.prod(sizes) != num_ranks:
+                raise ValueError(
+                    f"trainer.strategy has data_parallel_size × tensor_parallel_size {sizes[0]} × {sizes[1]}, which is "
+                    f"not trainer.devices × num_nodes, {num_ranks}: make them equal"
+                )
+        elif path and is_sharded(Path(path)):
+            raise ValueError(f"{path} is in shards: resume it with trainer.strategy ModelParallelStrategy")
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._take_run_folder(next_version, resumes=bool(path))
+
+    def _take_run_folder(self, next_version: bool, resumes: bool) -> None:
+        """Makes the folder of the next version, so that a fit that begins while this one packs takes another.
+
+        A new fit in a folder that was named is refused where it would replace another's checkpoints.
+        """
+        assert isinstance(self.datamodule, TextDataModule)
+        if self.trainer.is_global_zero and next_version and self.datamodule.sources:  # which raises before
+            while True:
+                try:
+                    return run_folder(self.trainer).mkdir(parents=True)
+                except FileExistsError:  # somebody has taken it just now
+                    self.trainer.logger._version = None  # type: ignore[union-attr]
+        folder = run_folder(self.trainer)
+        if not resumes and newest_first(folder / "checkpoints"):
+            option = "trainer.default_root_dir" if self.trainer.logger is None else "version"
             raise ValueError(
-                f"trainer.strategy has data_parallel_size × tensor_parallel_size {sizes[0]} × {sizes[1]}, which is not "
-                f"trainer.devices × num_nodes, {num_ranks}: make them equal"
+                f"{folder} has another fit's checkpoints, which a new one would replace: resume it with --ckpt_path "
+                f"last, or name another {option}"
             )
 
     def after_fit(self) -> None:
@@ -262,9 +283,13 @@ def main(args: list[str] | None = None) -> None:
             parser_kwargs={"prog": "lit-actreg", "version": version("lit-actreg")},
             args=args,
         )
-    except KeyboardInterrupt:
-        print("lit-actreg: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SIGTERMException):  # Lightning would exit with 0
+            raise SystemExit(128 + signal.SIGTERM) from None
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            print("lit-actreg: interrupted", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
+        raise
     except MISTAKES as error:
         if os.environ.get("LIT_ACTREG_TRACEBACK"):
             raise

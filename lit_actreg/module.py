@@ -225,9 +225,9 @@ class LitLanguageModel(LightningModule):
         metric.set_dtype(torch.float64 if self.dtype == torch.float64 else torch.float32)
 
     def _log_perplexity(self, metric: MeanMetric, stage: str) -> None:
-        loss = metric.compute()
-        self.log(f"{stage}/loss", loss, prog_bar=True)
-        self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True)
+        loss = metric.compute()  # over all ranks: so sync_dist changes nothing, but Lightning warns without it
+        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self._evaluate(batch, self.val_loss)

@@ -13,6 +13,7 @@ from small_fit import CONTEXT, VOCAB_SIZE, Records, datamodule, lit_module, trai
 from lit_actreg.callbacks.checkpoint import ResumeCheckpoint
 from lit_actreg.checkpoint import damage, last_checkpoint, newest_first, whole_or_before
 from lit_actreg.cli import main
+from lit_actreg.data import TextDataModule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,24 +114,61 @@ def test_a_torn_one_is_passed_over(folder, share, caplog):
         whole_or_before(newest)
 
 
-def test_sigterm_before_the_first_batch_is_answered_after_it(corpus, tmp_path, caplog):
-    """In the sanity check Lightning's handler would still be there, which leaves ranks waiting for one another."""
+class Terminated(Callback):
+    """Sends SIGTERM at one of the places where Lightning's handler would lose it, or leave ranks waiting."""
 
-    class Terminated(Callback):
-        def on_validation_batch_start(self, trainer, *_):
-            if trainer.sanity_checking:
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def on_validation_batch_start(self, trainer, *_):
+        if self.where == ("sanity check" if trainer.sanity_checking else f"validation of step {trainer.global_step}"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def setup(self, trainer, pl_module, stage):
+        def loader():
+            if self.where == "loader":
                 os.kill(os.getpid(), signal.SIGTERM)
+            return make()
 
+        make, trainer.datamodule.train_dataloader = trainer.datamodule.train_dataloader, loader
+
+
+@pytest.mark.parametrize(
+    ("where", "step"), [("sanity check", 1), ("loader", 1), ("validation of step 1", 2), ("validation of step 3", 3)]
+)
+def test_sigterm_is_answered_after_the_next_batch_or_the_last_validation(corpus, tmp_path, caplog, where, step):
     caplog.set_level("INFO")
     kept = ResumeCheckpoint()
     for ended in ("first", "second"):
         options = {"logger": False, "enable_checkpointing": True, "default_root_dir": tmp_path / ended}
-        engine = trainer([kept, Terminated()], limit_val_batches=1, **options)
+        options |= {"limit_val_batches": 1, "val_check_interval": 1}
+        engine = trainer([kept, Terminated(where)], 3, **options)
         with pytest.raises(SystemExit) as exit:
             engine.fit(lit_module(), datamodule=datamodule(corpus))
         assert exit.value.code == 143
-        assert f"{ended}/checkpoints/step=1.ckpt is written" in caplog.text
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert f"SIGTERM: {tmp_path}/{ended}/checkpoints/step={step}.ckpt is written" in caplog.text
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before the fit
+        assert "_sigterm_notifier_fn" not in vars(engine._signal_connector)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+def test_an_interrupt_that_is_ignored_stays_so(corpus, tmp_path, handler):
+    class Interrupted(Callback):
+        def on_train_batch_start(self, *_):
+            if signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    options = {"logger": False, "enable_checkpointing": True, "default_root_dir": tmp_path}
+    engine, before = trainer([ResumeCheckpoint(), Interrupted()], 2, **options), signal.signal(signal.SIGINT, handler)
+    try:
+        if handler == signal.SIG_IGN:
+            engine.fit(lit_module(), datamodule=datamodule(corpus))
+        else:
+            with pytest.raises(SystemExit, match="130"):
+                engine.fit(lit_module(), datamodule=datamodule(corpus))
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_once_more_ends_at_once(corpus, tmp_path, capfd):
@@ -190,6 +228,26 @@ def test_last_is_found_in_the_run_and_goes_on_from_the_whole_one(corpus, tmp_pat
         main([*command[:-1], "--trainer.max_steps=8", "--trainer.logger.version=1"])
     assert "runs/x/version_1 has another fit's checkpoints, which a new one would replace" in capsys.readouterr().err
     assert names(tmp_path / "runs/x/version_1/checkpoints") == ["last.ckpt", "step=6.ckpt", "step=8.ckpt"]
+
+
+def test_a_fit_that_begins_while_another_packs_takes_the_next_folder(corpus, tmp_path, monkeypatch):
+    """Or each would delete the other's checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    command = ["fit", f"--data.source={corpus}", f"--data.cache_dir={corpus.parent}/cache", "--data.num_workers=0"]
+    command += [f"--data.vocab_size={VOCAB_SIZE}", f"--data.context={CONTEXT}", "--data.valid_share=0.1"]
+    command += ["--model.shape={num_layers: 1, width: 32, num_heads: 2}", "--trainer.accelerator=cpu"]
+    command += ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.name=x"]
+    prepare = TextDataModule.prepare_data
+
+    def begin_another(data: TextDataModule) -> None:
+        monkeypatch.setattr(TextDataModule, "prepare_data", prepare)
+        main([*command, "--trainer.max_steps=3"])
+        prepare(data)
+
+    monkeypatch.setattr(TextDataModule, "prepare_data", begin_another)
+    main([*command, "--trainer.max_steps=2"])
+    assert names(tmp_path / "runs/x/version_0/checkpoints") == ["last.ckpt", "step=2.ckpt"]
+    assert names(tmp_path / "runs/x/version_1/checkpoints") == ["last.ckpt", "step=3.ckpt"]
 
 
 def test_last_without_a_logger_is_of_this_folder_alone(corpus, tmp_path, caplog, monkeypatch):

@@ -8,10 +8,12 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import save_file
 from small_fit import CONTEXT, VOCAB_SIZE, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -174,15 +176,27 @@ def test_a_stream_that_breaks_off_ends_the_fit_with_a_line(tmp_path, monkeypatch
     assert line.endswith("): check it, or name another")
 
 
-def test_an_interrupted_command_says_so(monkeypatch, made, capsys):
-    def interrupted(*_, **__):
+def interrupted_as_lightning_is() -> None:
+    try:
         raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
 
-    monkeypatch.setattr("lit_actreg.trainer.quantize_model", interrupted)
+
+def terminated_as_lightning_is() -> None:
+    raise SIGTERMException
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "line"),
+    [(interrupted_as_lightning_is, 130, "lit-actreg: interrupted\n"), (terminated_as_lightning_is, 143, "")],
+)
+def test_a_command_that_a_signal_ends_has_its_status(monkeypatch, made, capsys, end, status, line):
+    monkeypatch.setattr("lit_actreg.trainer.quantize_model", lambda *_, **__: end())
     with pytest.raises(SystemExit) as exit:
         main(shlex.split(f"quantize --quantizer RTN --ckpt_path {made['checkpoint']} --output out"))
-    assert exit.value.code == 130
-    assert capsys.readouterr().err.endswith("lit-actreg: interrupted\n")
+    assert exit.value.code == status
+    assert capsys.readouterr().err.endswith(line)
 
 
 @pytest.mark.parametrize(

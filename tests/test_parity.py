@@ -154,8 +154,8 @@ class TakesSigterm(Callback):
     thread may still hold it: a race in PyTorch, it seems (pytorch#75529 is one like it); in some 100 runs of these fits
     one ended in a double free and one hung."""
 
-    def on_train_start(self, trainer, pl_module):
-        Preemption().install(trainer)
+    def on_fit_start(self, trainer, pl_module):
+        Preemption().replace_lightnings(trainer)
 
 
 class NoBarriers(Callback):

@@ -109,12 +109,23 @@ class ResumeCheckpoint(Checkpoint):
             if not sharded and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 trainer.strategy.checkpoint_io = PlainFile()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.preemption.replace_lightnings(trainer)
+
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.preemption.install(trainer)  # a signal from here on is answered after the first batch
+        self.preemption.take_interrupts()  # answered after the first batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
-        self.preemption.install(trainer)  # a resumed fit has no sanity check
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.preemption.take_interrupts()  # a resumed fit has no sanity check
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        Preemption.restore_lightnings(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        Preemption.restore_lightnings(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Saves where the interval divides the step, and at once after SIGTERM or Ctrl-C."""
@@ -122,10 +133,14 @@ class ResumeCheckpoint(Checkpoint):
             return
         if trainer.global_step % self.every_n_steps == 0:
             self.save_once(trainer)
+        self._end_if_requested(trainer)
+
+    def _end_if_requested(self, trainer: Trainer) -> None:
+        """Ends the process if a rank has received a signal, with a checkpoint of this step; all ranks must ask."""
         if number := self.preemption.requested():
-            if not self._path(trainer).exists():
-                self.save(trainer)
             name, path = signal.Signals(number).name, self._path(trainer)
+            if not path.exists():
+                self.save(trainer)
             rank_zero_info(f"{name}: {path} is written; the same fit with --ckpt_path last goes on")
             raise SystemExit(128 + number)  # what a shell reports of a process that the signal ended
 
@@ -133,6 +148,7 @@ class ResumeCheckpoint(Checkpoint):
         """The last step is worth keeping, whether or not the interval divides it."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save_once(trainer)
+            self._end_if_requested(trainer)  # what came during the last validation
 
     def _path(self, trainer: Trainer) -> Path:
         return self._folder / f"step={trainer.global_step}.ckpt"
@@ -151,7 +167,7 @@ class ResumeCheckpoint(Checkpoint):
                 remove(left_over)
         trainer.strategy.barrier("room for the checkpoint")
         try:
-            trainer.save_checkpoint(beside)
+            trainer.save_checkpoint(beside, weights_only=False)  # said, or Lightning says it every time
         except OSError:
             remove(beside)
             raise

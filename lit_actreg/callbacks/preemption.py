@@ -8,8 +8,8 @@ every batch the ranks agree: stop if any has noted one. Ctrl-C once more ends a 
 They agree over a gloo group of their own, from host to host: a tenth of a millisecond on one machine, and the
 accelerator is not waited for. Lightning asks every rank too, but through the accelerator and with ``.item()``, which
 holds the host back until all queued work is done, in every batch; and its handler starts a broadcast of its own in
-the middle of whatever collective is under way. While a fit runs both are replaced; the handlers that were there before
-Lightning itself puts back, however the fit ends.
+the middle of whatever collective is under way, or ends the process with status 0. While a fit runs both are replaced;
+the handlers that were there before Lightning itself puts back, however the fit ends.
 """
 
 import os
@@ -26,21 +26,29 @@ class Preemption:
     """The handler of both signals, of one fit."""
 
     def __init__(self) -> None:
-        self._installed, self._noted = False, 0
+        self._noted = 0
+        self._speaks = False
         self._group: dist.ProcessGroup | None = None
         self._flag = torch.zeros((), dtype=torch.int64)  # one for all steps: gloo's thread may hold it past the wait
 
-    def install(self, trainer: Trainer) -> None:
-        """Takes the signals over, once; all ranks take part."""
-        if self._installed or threading.current_thread() is not threading.main_thread():
-            return  # Python lets only the main thread handle signals
-        self._installed = True
+    def replace_lightnings(self, trainer: Trainer) -> None:
+        """Has Lightning register this handler of SIGTERM for the fit, in its own's place; all ranks take part."""
+        self._speaks = trainer.is_global_zero
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        self._speaks = trainer.is_global_zero
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        trainer._signal_connector._sigterm_notifier_fn = self._note  # type: ignore[method-assign,assignment]
+
+    @staticmethod
+    def restore_lightnings(trainer: Trainer) -> None:
+        """For what the Trainer does after the fit."""
+        vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)
+
+    def take_interrupts(self) -> None:
+        """Takes Ctrl-C over from Python, unless it is another's or ignored, as in what a shell starts with ``&``."""
+        in_main = threading.current_thread() is threading.main_thread()  # only there does Python handle signals
+        if in_main and not self._noted and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, _: Any) -> None:
         self._noted = max(self._noted, number)

@@ -146,9 +146,7 @@ class TextDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Trains the tokenizer and packs the blocks, unless the cache has them. Lightning calls it on one process."""
         predicts = self.trainer is not None and self.trainer.state.fn == "predict"
-        if predicts and not self.prompts:
-            raise ValueError("data.prompts is empty: give the texts to continue, for instance \"['The state of']\"")
-        if predicts and self.given_tokenizer:
+        if predicts and (self.given_tokenizer or not self.prompts):
             return  # text is generated, none is read
         if (self.given_tokenizer or self.tokenizer_path.is_file()) and self.packed_folder.is_dir():
             return
@@ -269,6 +267,8 @@ class TextDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """The prompts, one int64 [1, T] each, encoded as training text is: without the tokenizer's special tokens."""
+        if not self.prompts:
+            raise ValueError("data.prompts is empty: give the texts to continue, for instance \"['The state of']\"")
         tokenizer = load_tokenizer(self.tokenizer_path, self.vocab_size)
         empty = [end_of_text(tokenizer, self.tokenizer_path)]
         ids = [tokenizer.encode(prompt, add_special_tokens=False).ids or empty for prompt in self.prompts]
