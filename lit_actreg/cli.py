@@ -25,20 +25,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lit_actreg.artifact import is_artifact
-from lit_actreg.callbacks.checkpoint import ResumeCheckpoint, run_folder
+from lit_actreg.callbacks.checkpoint import ResumeCheckpoint, run_folder, take_run_folder
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.kurtosis import KurtosisRegularization
 from lit_actreg.callbacks.loss_guard import LossGuard
 from lit_actreg.callbacks.outlier_monitor import OutlierMonitor
 from lit_actreg.callbacks.throughput import Throughput
 from lit_actreg.callbacks.weight_penalty import WeightPenalty
-from lit_actreg.checkpoint import (
-    is_sharded,
-    last_checkpoint,
-    newest_first,
-    read_checkpoint_info,
-    whole_or_before,
-)
+from lit_actreg.checkpoint import is_sharded, last_checkpoint, read_checkpoint_info, whole_or_before
 from lit_actreg.config import OptimConfig, QuantConfig, as_plain
 from lit_actreg.contracts import ENTRY_POINT_GROUP, Quantizer
 from lit_actreg.data.datamodule import TextDataModule
@@ -103,9 +97,9 @@ class ActRegCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Refuses what the Trainer would after hours of packing, and finds `--ckpt_path last`.
+        """Refuses what the Trainer would after hours of packing, finds `--ckpt_path last`, and takes the fit's folder.
 
-        That is the newest whole checkpoint of the run: of this version, else of any.
+        "last" is the newest whole checkpoint of the run: of this version, else of any.
         """
         self.model.check(self.trainer)
         options, next_version = self.config_init["fit"], getattr(self.trainer.logger, "_version", "") is None
@@ -132,27 +126,9 @@ class ActRegCLI(LightningCLI):
         elif path and is_sharded(Path(path)):
             raise ValueError(f"{path} is in shards: resume it with trainer.strategy ModelParallelStrategy")
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._take_run_folder(next_version, resumes=bool(path))
-
-    def _take_run_folder(self, next_version: bool, resumes: bool) -> None:
-        """Makes the folder of the next version, so that a fit that begins while this one packs takes another.
-
-        A new fit in a folder that was named is refused where it would replace another's checkpoints.
-        """
-        assert isinstance(self.datamodule, TextDataModule)
-        if self.trainer.is_global_zero and next_version and self.datamodule.sources:  # which raises before
-            while True:
-                try:
-                    return run_folder(self.trainer).mkdir(parents=True)
-                except FileExistsError:  # somebody has taken it just now
-                    self.trainer.logger._version = None  # type: ignore[union-attr]
-        folder = run_folder(self.trainer)
-        if not resumes and newest_first(folder / "checkpoints"):
-            option = "trainer.default_root_dir" if self.trainer.logger is None else "version"
-            raise ValueError(
-                f"{folder} has another fit's checkpoints, which a new one would replace: resume it with --ckpt_path "
-                f"last, or name another {option}"
-            )
+            assert isinstance(self.datamodule, TextDataModule)
+            _ = self.datamodule.sources  # a mistake in them is found before a folder is made
+            take_run_folder(self.trainer, next_version, resumes=bool(path))
 
     def after_fit(self) -> None:
         """The last word of a fit is the perplexity of its last weights, wherever the validation interval fell."""

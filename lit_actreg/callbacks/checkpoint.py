@@ -58,6 +58,25 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(logger.save_dir or root) / str(logger.name) / version
 
 
+def take_run_folder(trainer: Trainer, next_version: bool, resumes: bool) -> None:
+    """Makes the folder of the logger's next version, so that a fit that begins while this one packs takes another.
+
+    A new fit in a folder that was named is refused where it would replace another's checkpoints (ValueError).
+    """
+    while next_version and trainer.is_global_zero:
+        try:
+            return run_folder(trainer).mkdir(parents=True)
+        except FileExistsError:  # somebody has taken it just now
+            trainer.logger._version = None  # type: ignore[union-attr]
+    folder = run_folder(trainer)
+    if not resumes and newest_first(folder / "checkpoints"):
+        option = "trainer.default_root_dir" if trainer.logger is None else "version"
+        raise ValueError(
+            f"{folder} has another fit's checkpoints, which a new one would replace: resume it with --ckpt_path last, "
+            f"or name another {option}"
+        )
+
+
 def flush(path: Path) -> None:
     """Waits until a file, or a folder's list of entries, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
