@@ -102,12 +102,13 @@ class ActRegCLI(LightningCLI):
         "last" is the newest whole checkpoint of the run: of this version, else of any.
         """
         self.model.check(self.trainer)
-        options, next_version = self.config_init["fit"], getattr(self.trainer.logger, "_version", "") is None
+        options, logger = self.config_init["fit"], self.trainer.logger
+        next_version = logger and getattr(logger, "_version", "") is None and isinstance(logger.version, int)
         if options.get("ckpt_path") == "best":
             raise ValueError('ckpt_path "best": a fit keeps its newest checkpoints, so name one, or "last"')
         if options.get("ckpt_path") == "last" and not Path("last").exists():
             folder = run_folder(self.trainer)
-            alone = self.trainer.logger is None or (folder / "checkpoints").is_dir()
+            alone = logger is None or (folder / "checkpoints").is_dir()
             versions = [folder] if alone else sorted(folder.parent.glob("*"))
             found = last_checkpoint([version / "checkpoints" for version in versions])
             options["ckpt_path"] = str(found) if found else None
@@ -127,8 +128,12 @@ class ActRegCLI(LightningCLI):
             raise ValueError(f"{path} is in shards: resume it with trainer.strategy ModelParallelStrategy")
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             assert isinstance(self.datamodule, TextDataModule)
-            _ = self.datamodule.sources  # a mistake in them is found before a folder is made
-            take_run_folder(self.trainer, next_version, resumes=bool(path))
+            _ = self.datamodule.sources, self.datamodule.valid_source  # a mistake is found before a folder is made
+            take_run_folder(self.trainer, bool(next_version), resumes=bool(path))
+
+    def before_predict(self) -> None:
+        assert isinstance(self.datamodule, TextDataModule)
+        self.datamodule.check_prompts()
 
     def after_fit(self) -> None:
         """The last word of a fit is the perplexity of its last weights, wherever the validation interval fell."""

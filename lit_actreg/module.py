@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lit_actreg_kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor, nn
@@ -252,6 +253,10 @@ class LitLanguageModel(LightningModule):
             for row in batch:
                 print(decode(row))
         return batch
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        if self.trainer.received_sigterm:  # which Lightning's other loops ask
+            raise SIGTERMException
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The tokenizer travels with the weights: token ids mean nothing without it."""

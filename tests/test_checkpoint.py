@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from small_fit import CONTEXT, VOCAB_SIZE, Records, datamodule, lit_module, trainer, write_corpus
 
-from lit_actreg.callbacks.checkpoint import ResumeCheckpoint
+from lit_actreg.callbacks.checkpoint import ResumeCheckpoint, take_run_folder
 from lit_actreg.checkpoint import damage, last_checkpoint, newest_first, whole_or_before
 from lit_actreg.cli import main
 from lit_actreg.data import TextDataModule
@@ -248,6 +249,18 @@ def test_a_fit_that_begins_while_another_packs_takes_the_next_folder(corpus, tmp
     main([*command, "--trainer.max_steps=2"])
     assert names(tmp_path / "runs/x/version_0/checkpoints") == ["last.ckpt", "step=2.ckpt"]
     assert names(tmp_path / "runs/x/version_1/checkpoints") == ["last.ckpt", "step=3.ckpt"]
+
+
+def test_a_run_folder_that_cannot_be_made_is_said(tmp_path, monkeypatch):
+    """And not asked for again and again; "~" is the home, where the logger writes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    engine = trainer([], logger=TensorBoardLogger("~/runs", "x"))
+    take_run_folder(engine, next_version=True, resumes=False)
+    assert (tmp_path / "runs/x/version_0").is_dir()
+    (tmp_path / "runs/x/version_1").touch()
+    engine = trainer([], logger=TensorBoardLogger("~/runs", "x", version=1))
+    with pytest.raises(FileExistsError, match="runs/x/version_1"):
+        take_run_folder(engine, next_version=True, resumes=False)
 
 
 def test_last_without_a_logger_is_of_this_folder_alone(corpus, tmp_path, caplog, monkeypatch):

@@ -5,9 +5,11 @@ cache where a mistake shows only after data were read.
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -220,6 +222,7 @@ def test_a_command_that_a_signal_ends_has_its_status(monkeypatch, made, capsys, 
         ("quantize --quantizer RTN --ckpt_path {checkpoint} --output {artifact}", "already holds a quantized"),
         ("quantize --quantizer RTN --ckpt_path {checkpoint} --output {corpus}", "is not a quantized checkpoint"),
         ("validate --trainer.plugins W4A4Precision --ckpt_path {checkpoint}", "found no quantized linear"),
+        ("predict --ckpt_path {checkpoint}", "data.prompts is empty: give the texts to continue"),
         ("fit --ckpt_path {artifact}", "has no optimizer state to resume from"),
         ("fit --model.init_from {corpus}", "config.json"),
         ("fit --model.init_from {artifact}", "is quantized, a fit starts from others: name the checkpoint that it was"),
@@ -387,6 +390,20 @@ def test_another_tokenizer_is_refused_and_prompts_do_not_matter(made, capsys):
     assert "data.tokenizer other.json gives other ids than that of" in found
     same = made["artifact"] / "tokenizer.json"
     main(shlex.split(f"{command} --data.tokenizer={same} --data.prompts '[My fellow]'"))
+
+
+def test_sigterm_ends_predict_after_the_prompt_at_hand(made, monkeypatch):
+    read = []
+
+    def generate(model, batch, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        read.append(batch)
+        return batch
+
+    monkeypatch.setattr("lit_actreg.module.generate", generate)
+    with pytest.raises(SystemExit) as exit:
+        main(shlex.split(f"predict --ckpt_path={made['checkpoint']} --data.cache_dir=c --data.prompts=[a,b,c] {QUIET}"))
+    assert (exit.value.code, len(read)) == (143, 1)
 
 
 def test_one_process_of_several_quantizes(made, monkeypatch, tmp_path, capsys):

@@ -55,7 +55,8 @@ def run_folder(trainer: Trainer) -> Path:
     if logger is None:
         return root
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or root) / str(logger.name) / version
+    folder = Path(logger.save_dir or root) / str(logger.name) / version
+    return Path(os.path.expandvars(folder)).expanduser()  # as TensorBoardLogger does
 
 
 def take_run_folder(trainer: Trainer, next_version: bool, resumes: bool) -> None:
@@ -64,10 +65,13 @@ def take_run_folder(trainer: Trainer, next_version: bool, resumes: bool) -> None
     A new fit in a folder that was named is refused where it would replace another's checkpoints (ValueError).
     """
     while next_version and trainer.is_global_zero:
+        folder = run_folder(trainer)
         try:
-            return run_folder(trainer).mkdir(parents=True)
-        except FileExistsError:  # somebody has taken it just now
-            trainer.logger._version = None  # type: ignore[union-attr]
+            return folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            trainer.logger._version += 1  # type: ignore[union-attr]  # somebody has taken it just now
     folder = run_folder(trainer)
     if not resumes and newest_first(folder / "checkpoints"):
         option = "trainer.default_root_dir" if trainer.logger is None else "version"
@@ -123,6 +127,9 @@ class ResumeCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.preemption = Preemption()
+            if isinstance(version := getattr(trainer.logger, "_version", None), int):
+                # Other ranks have looked for the next version when rank 0 had made its folder
+                trainer.logger._version = trainer.strategy.broadcast(version)  # type: ignore[union-attr]
             self._folder = Path(trainer.strategy.broadcast(run_folder(trainer) / "checkpoints"))
             sharded = isinstance(trainer.strategy, ModelParallelStrategy)
             if not sharded and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

@@ -163,7 +163,7 @@ class LossGuard(Callback):
             line = f"step {step}: loss {loss:.4f} {what}, {where}"
             if action == "stop":
                 option = "--guard.nan skip" if kind == NAN else "--guard.spike skip"
-                newest = trainer.strategy.broadcast(last_checkpoint([run_folder(trainer) / "checkpoints"]))
+                newest = last_checkpoint([run_folder(trainer) / "checkpoints"])
                 again = f"resume from {newest}" if newest else "there is no checkpoint yet: begin again"
                 raise ValueError(f"{line}: stopped; {again} with {option}, or a lower optim.lr")
             if in_a_row >= self.max_skipped:

@@ -146,7 +146,7 @@ class TextDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Trains the tokenizer and packs the blocks, unless the cache has them. Lightning calls it on one process."""
         predicts = self.trainer is not None and self.trainer.state.fn == "predict"
-        if predicts and (self.given_tokenizer or not self.prompts):
+        if predicts and self.given_tokenizer:
             return  # text is generated, none is read
         if (self.given_tokenizer or self.tokenizer_path.is_file()) and self.packed_folder.is_dir():
             return
@@ -265,10 +265,14 @@ class TextDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Tensor]:
         return self._eval_dataloader("test")
 
-    def predict_dataloader(self) -> DataLoader[Tensor]:
-        """The prompts, one int64 [1, T] each, encoded as training text is: without the tokenizer's special tokens."""
+    def check_prompts(self) -> None:
+        """Raises ValueError where `predict` has nothing to continue."""
         if not self.prompts:
             raise ValueError("data.prompts is empty: give the texts to continue, for instance \"['The state of']\"")
+
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """The prompts, one int64 [1, T] each, encoded as training text is: without the tokenizer's special tokens."""
+        self.check_prompts()
         tokenizer = load_tokenizer(self.tokenizer_path, self.vocab_size)
         empty = [end_of_text(tokenizer, self.tokenizer_path)]
         ids = [tokenizer.encode(prompt, add_special_tokens=False).ids or empty for prompt in self.prompts]
