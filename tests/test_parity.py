@@ -155,7 +155,7 @@ class TakesSigterm(Callback):
     one ended in a double free and one hung."""
 
     def on_fit_start(self, trainer, pl_module):
-        Preemption().replace_lightnings(trainer)
+        Preemption().replace_lightnings_handler(trainer)
 
 
 class NoBarriers(Callback):

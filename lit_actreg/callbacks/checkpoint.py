@@ -137,7 +137,7 @@ class ResumeCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.preemption.replace_lightnings(trainer)
+            self.preemption.replace_lightnings_handler(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.preemption.take_interrupts()  # answered after the first batch
@@ -148,10 +148,10 @@ class ResumeCheckpoint(Checkpoint):
             self.preemption.take_interrupts()  # a resumed fit has no sanity check
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        Preemption.restore_lightnings(trainer)
+        Preemption.restore_lightnings_handler(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        Preemption.restore_lightnings(trainer)
+        Preemption.restore_lightnings_handler(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Saves where the interval divides the step, and at once after SIGTERM or Ctrl-C."""

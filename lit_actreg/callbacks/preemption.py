@@ -31,7 +31,7 @@ class Preemption:
         self._group: dist.ProcessGroup | None = None
         self._flag = torch.zeros((), dtype=torch.int64)  # one for all steps: gloo's thread may hold it past the wait
 
-    def replace_lightnings(self, trainer: Trainer) -> None:
+    def replace_lightnings_handler(self, trainer: Trainer) -> None:
         """Has Lightning register this handler of SIGTERM for the fit, in its own's place; all ranks take part."""
         self._speaks = trainer.is_global_zero
         if trainer.world_size > 1:
@@ -40,7 +40,7 @@ class Preemption:
         trainer._signal_connector._sigterm_notifier_fn = self._note  # type: ignore[method-assign,assignment]
 
     @staticmethod
-    def restore_lightnings(trainer: Trainer) -> None:
+    def restore_lightnings_handler(trainer: Trainer) -> None:
         """For what the Trainer does after the fit."""
         vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)
 
