@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lit_actreg.artifact import is_artifact
-from lit_actreg.callbacks.checkpoint import ResumeCheckpoint, run_folder, take_run_folder
+from lit_actreg.callbacks.checkpoint import ResumeCheckpoint, leaves_files, run_folder, take_run_folder
 from lit_actreg.callbacks.clip_schedule import ClipSchedule
 from lit_actreg.callbacks.kurtosis import KurtosisRegularization
 from lit_actreg.callbacks.loss_guard import LossGuard
@@ -126,7 +126,7 @@ class ActRegCLI(LightningCLI):
                 )
         elif path and is_sharded(Path(path)):
             raise ValueError(f"{path} is in shards: resume it with trainer.strategy ModelParallelStrategy")
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(self.trainer):
             assert isinstance(self.datamodule, TextDataModule)
             _ = self.datamodule.sources, self.datamodule.valid_source  # a mistake is found before a folder is made
             take_run_folder(self.trainer, bool(next_version), resumes=bool(path))

@@ -49,6 +49,11 @@ class PlainFile(TorchCheckpointIO):
             raise OSError(f"{path} cannot be written ({reason}); its disk has {free / 2**20:.0f} MiB free") from error
 
 
+def leaves_files(trainer: Trainer) -> bool:
+    """Whether a fit writes checkpoints, and so has an answer to signals: not under ``fast_dev_run``."""
+    return not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+
 def run_folder(trainer: Trainer) -> Path:
     """Where a fit's logs lie: the logger's folder, name and version; without a logger the Trainer's root folder."""
     logger, root = trainer.logger, Path(trainer.default_root_dir)
@@ -136,7 +141,7 @@ class ResumeCheckpoint(Checkpoint):
                 trainer.strategy.checkpoint_io = PlainFile()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(trainer):
             self.preemption.replace_lightnings_handler(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,7 +149,7 @@ class ResumeCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(trainer):
             self.preemption.take_interrupts()  # a resumed fit has no sanity check
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -155,7 +160,7 @@ class ResumeCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Saves where the interval divides the step, and at once after SIGTERM or Ctrl-C."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not leaves_files(trainer):
             return
         if trainer.global_step % self.every_n_steps == 0:
             self.save_once(trainer)
@@ -172,7 +177,7 @@ class ResumeCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last step is worth keeping, whether or not the interval divides it."""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(trainer):
             self.save_once(trainer)
             self._end_if_requested(trainer)  # what came during the last validation
 
