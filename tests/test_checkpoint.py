@@ -31,6 +31,15 @@ def fit(corpus: Path, folder: Path, steps: int = 7, every: int = 2, **options) -
     return folder / "checkpoints"
 
 
+FIT = ["fit", "--model.shape={num_layers: 1, width: 32, num_heads: 2}", "--trainer.accelerator=cpu"]
+FIT += ["--trainer.devices=1", "--trainer.enable_progress_bar=false"]
+
+
+def from_corpus(corpus: Path) -> list[str]:
+    options = {"source": corpus, "cache_dir": corpus.parent / "cache", "vocab_size": VOCAB_SIZE, "context": CONTEXT}
+    return [f"--data.{name}={value}" for name, value in (options | {"valid_share": 0.1, "num_workers": 0}).items()]
+
+
 def tear(path: Path, share: float) -> None:
     """Leaves the first part of a file, and the time it was written."""
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
@@ -193,21 +202,12 @@ def test_last_is_found_in_the_run_and_goes_on_from_the_whole_one(corpus, tmp_pat
     caplog.set_level("INFO")
     monkeypatch.chdir(tmp_path)
     command = [
-        "fit",
-        f"--data.source={corpus}",
-        f"--data.cache_dir={corpus.parent}/cache",
-        f"--data.vocab_size={VOCAB_SIZE}",
-        f"--data.context={CONTEXT}",
+        *FIT,
+        *from_corpus(corpus),
         "--data.batch_size=4",
-        "--data.num_workers=0",
-        "--data.valid_share=0.1",
-        "--model.shape={num_layers: 1, width: 32, num_heads: 2}",
         "--outliers.every_n_steps=0",
         "--checkpoint.every_n_steps=2",
         "--optim.decay_steps=8",
-        "--trainer.accelerator=cpu",
-        "--trainer.devices=1",
-        "--trainer.enable_progress_bar=false",
         "--trainer.logger=TensorBoardLogger",
         "--trainer.logger.save_dir=runs",
         "--trainer.logger.name=x",
@@ -234,10 +234,8 @@ def test_last_is_found_in_the_run_and_goes_on_from_the_whole_one(corpus, tmp_pat
 def test_a_fit_that_begins_while_another_packs_takes_the_next_folder(corpus, tmp_path, monkeypatch):
     """Or each would delete the other's checkpoints."""
     monkeypatch.chdir(tmp_path)
-    command = ["fit", f"--data.source={corpus}", f"--data.cache_dir={corpus.parent}/cache", "--data.num_workers=0"]
-    command += [f"--data.vocab_size={VOCAB_SIZE}", f"--data.context={CONTEXT}", "--data.valid_share=0.1"]
-    command += ["--model.shape={num_layers: 1, width: 32, num_heads: 2}", "--trainer.accelerator=cpu"]
-    command += ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.name=x"]
+    command = [*FIT, *from_corpus(corpus), "--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs"]
+    command += ["--trainer.logger.name=x"]
     prepare = TextDataModule.prepare_data
 
     def begin_another(data: TextDataModule) -> None:
@@ -265,10 +263,7 @@ def test_a_run_folder_that_cannot_be_made_is_said(tmp_path, monkeypatch):
 
 def test_last_without_a_logger_is_of_this_folder_alone(corpus, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
-    command = ["fit", f"--data.source={corpus}", f"--data.cache_dir={corpus.parent}/cache", "--data.num_workers=0"]
-    command += [f"--data.vocab_size={VOCAB_SIZE}", f"--data.context={CONTEXT}", "--data.valid_share=0.1"]
-    command += ["--model.shape={num_layers: 1, width: 32, num_heads: 2}", "--trainer.max_steps=1", "--ckpt_path=last"]
-    command += ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    command = [*FIT, *from_corpus(corpus), "--trainer.max_steps=1", "--ckpt_path=last", "--trainer.logger=false"]
     for name in ("one", "beside"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)

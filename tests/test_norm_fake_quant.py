@@ -127,17 +127,29 @@ def test_rows_of_few_columns(columns):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-4)
 
 
-def test_sums_do_not_depend_on_the_run():
-    x, y, g, d_new = torch.randn(4, 50, 96, device=DEVICE)
-    weight = torch.ones(96, device=DEVICE)
+def backward_of(num_rows: int, num_columns: int) -> list[tuple[torch.Tensor, ...]]:
+    """The backward pass of random rows, with kurtosis, twice: dx, dy and the programs' shares of the sums."""
+    x, y, g, d_new = torch.randn(4, num_rows, num_columns, device=DEVICE)
+    weight = torch.ones(num_columns, device=DEVICE)
     new, _, statistics, _, *kept = norm_fake_quant.add_norm_fake_quantize(
         x, y, weight, None, *clips(), EPS, False, 4, True, torch.float32, torch.float32, *LOOKS
     )
     looks = (*kept, torch.ones((), device=DEVICE), *LOOKS[:2])
     rest = (torch.float32, statistics, weight, None, *clips(), False, 4, True, True, torch.float32, *looks)
-    arguments = (g, d_new, new, *rest)
-    first, second = (norm_fake_quant.add_norm_fake_quantize_backward(*arguments) for _ in range(2))
+    return [norm_fake_quant.add_norm_fake_quantize_backward(g, d_new, new, *rest) for _ in range(2)]
+
+
+def test_sums_do_not_depend_on_the_run():
+    first, second = backward_of(50, 96)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("num_columns", "programs"), [(64, 12), (4096, 8), (16384, 4)])
+def test_shares_are_of_no_more_programs_than_fit_a_multiprocessor(monkeypatch, num_columns, programs):
+    """It has room for 64 warps; every program more is a share of dw and db more, 2 K numbers."""
+    monkeypatch.setattr(norm_fake_quant, "programs_for", lambda _, per_processor: per_processor)
+    *_, parameters, _ = backward_of(8, num_columns)[0]
+    assert parameters.shape == (2, programs, num_columns)
 
 
 GRID = {"Q_MIN": -8, "Q_MAX": 7, "INTEGER": True, "MASKED": True, "VALUE_DTYPE": "float32", "DY": True}
