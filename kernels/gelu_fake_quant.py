@@ -7,6 +7,9 @@ y never goes to memory and is rounded to the dtype of h before it meets the grid
 writes it. The backward pass reads h and g and writes dh: 6 bytes a bfloat16 element, the floor; the table of
 :mod:`.fake_quant` is applied to y, computed again.
 
+GELU's adds dh over tokens on the way, if asked to: that is the gradient of the bias of the linear that gave h, for
+which somebody would read dh once more. So a program of the backward pass stays in its columns and walks over rows.
+
 Φ as in :mod:`.gelu_quant`; the backward pass takes the polynomial for float32, too, and φ from the same exponential.
 
 Where the kurtosis of h is regularized (:mod:`.kurtosis`), the forward pass looks at its tiles of a row, which are
@@ -34,7 +37,7 @@ from torch import Tensor
 
 _BLOCK = 1024
 _FORWARD_WARPS = 2  # 16 elements a thread: what is done once a thread takes as long as 5 elements do
-_BACKWARD_WARPS = 4  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
+_BACKWARD_BLOCK, _BACKWARD_WARPS = 512, 2  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
 _PROGRAMS_PER_PROCESSOR = 64  # many more than run at once: those that are done first make room for others
 
 
@@ -81,6 +84,7 @@ def _backward_kernel(
     h_ptr,
     dh_ptr,
     clips_ptr,
+    bias_ptr,
     low_ptr,
     high_ptr,
     terms_ptr,
@@ -92,6 +96,7 @@ def _backward_kernel(
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
     GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     Q_MIN: tl.constexpr,
     Q_MAX: tl.constexpr,
     INTEGER: tl.constexpr,
@@ -99,17 +104,18 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
 ):
     scale, zero_point = load_grid(low_ptr, high_ptr, Q_MIN, Q_MAX, INTEGER)
-    sums = no_sums(BLOCK)
+    sums, sum_bias = no_sums(BLOCK), tl.zeros((BLOCK,), tl.float32)
     dtype = h_ptr.dtype.element_ty
-    tiles = tl.cdiv(H, BLOCK)
+    num_tiles = tl.cdiv(H, BLOCK)
+    strip = tl.program_id(0) // num_tiles
+    column = tl.program_id(0) % num_tiles * BLOCK + tl.arange(0, BLOCK)
+    inside = column < H
     if STEP:
         d_kappa = share_of(d_kappa_ptr, num_looked_at)
-    for tile in tl.range(tl.program_id(0), num_rows * tiles, tl.num_programs(0)):
-        row = tl.cast(tile // tiles, tl.int64)
+    for index in tl.range(strip, num_rows, tl.num_programs(0) // num_tiles):
+        row = tl.cast(index, tl.int64)
         if STEP:
-            _, wanted, terms = terms_of(tile // tiles, num_rows, T, terms_ptr, FIRST, STEP)
-        column = tl.cast(tile % tiles, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < H
+            _, wanted, terms = terms_of(index, num_rows, T, terms_ptr, FIRST, STEP)
         g = tl.load(g_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
         if GATED:
             at = row * 2 * H + column
@@ -136,14 +142,17 @@ def _backward_kernel(
             dh = dy * (cumulative + h * density)
             if STEP:
                 dh = add_if_wanted(dh, h, wanted, terms, d_kappa)
+            if HAS_BIAS:
+                sum_bias += dh
             tl.store(dh_ptr + at, dh.to(dtype), mask=inside)
+    if HAS_BIAS:
+        tl.store(bias_ptr + strip * H + column, sum_bias, mask=inside)
     store_clip_sums(clips_ptr, sums, Q_MIN, Q_MAX)
 
 
-def _rows(h: Tensor, gated: bool, looks: bool) -> tuple[int, int]:
-    """Rows and columns of the walk; where rows do not matter, all is one."""
-    width = h.shape[-1] // 2 if gated else h.shape[-1]
-    return (h.numel() // max(1, h.shape[-1]), width) if gated or looks else (1, h.numel())
+def _rows(h: Tensor, gated: bool) -> tuple[int, int]:
+    """Rows and columns of y."""
+    return h.numel() // max(1, h.shape[-1]), h.shape[-1] // 2 if gated else h.shape[-1]
 
 
 def activation_fake_quantize(
@@ -162,7 +171,7 @@ def activation_fake_quantize(
     And of h [..., T, …] κ̄ and its terms, as :func:`.kurtosis.joined`.
     """
     x_hat = h.new_empty((*h.shape[:-1], h.shape[-1] // 2)) if gated else torch.empty_like(h)
-    rows, width = _rows(h, gated, step > 0)
+    rows, width = _rows(h, gated)
     num_tiles = triton.cdiv(width, _BLOCK)
     tiles = empty_tiles(h, num_tiles, first, step)
     if x_hat.numel():
@@ -198,22 +207,26 @@ def activation_fake_quantize_backward(
     d_kappa: Tensor,
     first: int,
     step: int,
-) -> tuple[Tensor, Tensor]:
-    """dh in the dtype of h, and partial sums of dc⁻ and dc⁺, float32 [2, programs].
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh in the dtype of h, and partial sums, float32: of dc⁻ and dc⁺ [2, programs], and if ``has_bias`` of dh [·, H].
 
     ``terms`` [R, 4] and d_kappa (one value) are those of :mod:`.kurtosis`, for tokens first, first + step, …; of h
-    [..., T, ...]. Without kurtosis ``step`` is 0.
+    [..., T, ...]. Without kurtosis ``step`` is 0. What is gated has no bias.
     """
     dh = torch.empty_like(h)
-    rows, width = _rows(h, gated, step > 0)
-    programs = programs_for(h.device, _PROGRAMS_PER_PROCESSOR)
-    clips = h.new_empty((2, programs), dtype=torch.float32)
+    rows, width = _rows(h, gated)
+    num_tiles = triton.cdiv(width, _BACKWARD_BLOCK)
+    strips = max(1, programs_for(h.device, _PROGRAMS_PER_PROCESSOR) // max(1, num_tiles))
+    clips = h.new_empty((2, num_tiles * strips), dtype=torch.float32)
+    bias = h.new_empty((strips if has_bias else 0, width), dtype=torch.float32)
     q_min, q_max = code_range(bits)
-    visible(_backward_kernel)[(programs,)](
+    visible(_backward_kernel)[(num_tiles * strips,)](
         g,
         h,
         dh,
         clips,
+        bias,
         low,
         high,
         terms,
@@ -225,11 +238,12 @@ def activation_fake_quantize_backward(
         first,
         step,
         gated,
+        has_bias,
         q_min,
         q_max,
         integer_zero_point,
         masked,
-        BLOCK=_BLOCK,
+        BLOCK=_BACKWARD_BLOCK,
         num_warps=_BACKWARD_WARPS,
     )
-    return dh, clips
+    return dh, clips, bias

@@ -1,7 +1,7 @@
 """The fused fake-quantizing operators of training, as PyTorch operators with gradients (namespace ``lit_actreg``).
 
     fake_quantize             x → x̂
-    gelu_fake_quantize        h → x̂ of GELU(h), κ̄ of h
+    gelu_fake_quantize        h → x̂ of GELU(h), κ̄ of h; and the gradient of the bias in h
     swiglu_fake_quantize      h = [gate, up] → x̂ of silu(gate) · up, κ̄ of h
     swiglu_fake_quantize_per_token                  the same on tokens' grids
     add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′), κ̄ of y
@@ -106,6 +106,7 @@ fake_quantize.register_autograd(_backward_of_fake_quantize, setup_context=_keep_
 @torch.library.triton_op("lit_actreg::activation_fake_quantize", mutates_args=())
 def _activation_fake_quantize(
     h: Tensor,
+    bias: Tensor | None,
     low: Tensor,
     high: Tensor,
     gated: bool,
@@ -119,6 +120,9 @@ def _activation_fake_quantize(
     _check(h, low, high, bits)
     if gated:
         check_halves(h, "h")
+    if bias is not None:
+        fits = not gated and bias.shape == h.shape[-1:]
+        check(fits, f"bias {list(bias.shape)} is none of a linear that gives h {list(h.shape)} to GELU")
     function, looks = implementation(h, "gelu_fake_quant").activation_fake_quantize, (first, step, eps)
     x_hat, kappa, terms = function(h.contiguous(), low, high, gated, bits, integer_zero_point, *looks)
     return x_hat, kappa.sum(), terms
@@ -138,21 +142,23 @@ def _activation_backward(
     masked: bool,
     first: int,
     step: int,
-) -> tuple[Tensor, Tensor]:
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     function = implementation(h, "gelu_fake_quant").activation_fake_quantize_backward
-    rest = (gated, bits, integer_zero_point, masked, terms, d_kappa, first, step)
+    rest = (gated, bits, integer_zero_point, masked, terms, d_kappa, first, step, has_bias)
     return function(g.contiguous(), h.contiguous(), low, high, *rest)
 
 
 def _keep_activation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    h, low, high, *ctx.options, _ = inputs
-    ctx.clip_dtype = low.dtype
+    h, bias, low, high, *ctx.options, _ = inputs
+    ctx.clip_dtype, ctx.bias_dtype = low.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(h, low, high, output[2])
 
 
 def _backward_of_activation(ctx: Any, g: Tensor, d_kappa: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dh, clips = _activation_backward(g, *ctx.saved_tensors, d_kappa, *ctx.options)
-    return dh, *_clip_gradients(ctx, clips), *[None] * 7
+    dtype = ctx.bias_dtype
+    dh, clips, bias = _activation_backward(g, *ctx.saved_tensors, d_kappa, *ctx.options, dtype is not None)
+    return dh, None if dtype is None else bias.sum(0).to(dtype), *_clip_gradients(ctx, clips), *[None] * 7
 
 
 _activation_fake_quantize.register_autograd(_backward_of_activation, setup_context=_keep_activation)
@@ -161,21 +167,25 @@ Looks = tuple[int, int, float]
 NOWHERE: Looks = (0, 0, 0.0)
 
 
-def gelu_fake_quantize(h: Tensor, *arguments: Any, looks: Looks = NOWHERE) -> tuple[Tensor, Tensor]:
+def gelu_fake_quantize(
+    h: Tensor, *arguments: Any, looks: Looks = NOWHERE, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x̂ of GELU(h) (not its tanh approximation), and κ̄ of h [..., T, H]; GELU is rounded to the dtype of h first.
 
     Args:
         arguments: low, high, bits, integer_zero_point, masked.
+        bias: Of the linear that gave h, [H], if that added it *detached*: its gradient, that of h summed over tokens,
+            then comes from here, where h's is written. Right as long as nothing else is made of h.
     """
     low, high, *grid = arguments
-    x_hat, kappa, _ = _activation_fake_quantize(h, low, high, False, *grid, *looks)
+    x_hat, kappa, _ = _activation_fake_quantize(h, bias, low, high, False, *grid, *looks)
     return x_hat, kappa
 
 
 def swiglu_fake_quantize(h: Tensor, *arguments: Any, looks: Looks = NOWHERE) -> tuple[Tensor, Tensor]:
     """x̂ [..., T, H] of silu(gate) · up, and κ̄ of h = [gate, up] [..., T, 2H]; the rest as for GELU."""
     low, high, *grid = arguments
-    x_hat, kappa, _ = _activation_fake_quantize(h, low, high, True, *grid, *looks)
+    x_hat, kappa, _ = _activation_fake_quantize(h, None, low, high, True, *grid, *looks)
     return x_hat, kappa
 
 

@@ -88,18 +88,20 @@ def activation_fake_quantize_backward(
     d_kappa: Tensor,
     first: int,
     step: int,
-) -> tuple[Tensor, Tensor]:
-    """dh in the dtype of h; dc⁻, dc⁺ [2, 1]."""
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh in the dtype of h; dc⁻, dc⁺ [2, 1]; the sum of dh over tokens [1, H], or [0, H] if not ``has_bias``."""
     wide = _wide(h)
     y = _wide(_activation(wide, gated).to(h.dtype))
     dy, clips = _straight_through(y, _wide(g), low, high, bits, integer_zero_point, masked)
     if gated:
-        return swiglu_backward(dy, h, terms, d_kappa, first, step), clips
+        return swiglu_backward(dy, h, terms, d_kappa, first, step), clips, dy.new_empty((0, dy.shape[-1]))
     cumulative = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
     dh = dy * (cumulative + wide * torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi))
     if step:
         add_kurtosis_gradient(dh, h, terms, d_kappa, first, step)
-    return dh.to(h.dtype), clips
+    bias = dh.flatten(0, -2).sum(0, keepdim=True) if has_bias else dh.new_empty((0, dh.shape[-1]))
+    return dh.to(h.dtype), clips, bias
 
 
 def swiglu_fake_quantize_per_token(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lit_actreg.config import SITES, ModelConfig, QuantConfig, Site
 from lit_actreg.contracts import LossTerm
-from lit_actreg.quant.fused import gelu_linear, norm_linear, swiglu_linear, wide_norm
+from lit_actreg.quant.fused import fuses, gelu_linear, norm_linear, swiglu_linear, wide_norm
 from lit_actreg.quant.linear import GELU_MINIMUM, QuantLinear
 from lit_actreg.quant.statistics import looks, tap_token_kurtosis
 
@@ -116,12 +116,15 @@ class Block(nn.Module):
         qkv = self.look_at("qkv", qkv, found)
         attended, found[term, "qkv"] = self.attend(qkv, cos, sin, cache, self.every_nth_token("qkv"))
         attended = self.look_at("attn_proj", self.attn_proj(attended), found)
+        bias = self.bias_for_gelu(x_BTD)
         x_BTD, hidden, found[term, "attn_proj"] = norm_linear(
-            self.norm_2, self.mlp_in, x_BTD, attended, self.every_nth_token("attn_proj")
+            self.norm_2, self.mlp_in, x_BTD, attended, self.every_nth_token("attn_proj"), detach_bias=bias is not None
         )
-        activation_linear = gelu_linear if self.config.style == "neox" else swiglu_linear
-        hidden = self.look_at("mlp_in", hidden, found)
-        y_BTD, found[term, "mlp_in"] = activation_linear(self.mlp_proj, hidden, self.every_nth_token("mlp_in"))
+        hidden, every = self.look_at("mlp_in", hidden, found), self.every_nth_token("mlp_in")
+        if self.config.style == "neox":
+            y_BTD, found[term, "mlp_in"] = gelu_linear(self.mlp_proj, hidden, every, bias)
+        else:
+            y_BTD, found[term, "mlp_in"] = swiglu_linear(self.mlp_proj, hidden, every)
         y_BTD = self.look_at("mlp_proj", y_BTD, found)
         if not self.loss_terms:
             return x_BTD, y_BTD, x_BTD.new_zeros(0, dtype=torch.float32)
@@ -148,6 +151,16 @@ class Block(nn.Module):
         """At one token in how many of this linear's output an operator looks; None: it does not."""
         i = self.kurtosis_term
         return None if i is None or site not in self.loss_terms[i].sites else self.loss_terms[i].every_nth_token
+
+    def bias_for_gelu(self, x_BTD: Tensor) -> Tensor | None:
+        """The bias of "mlp_in", if GELU's operator is to sum its gradient, in the pass that writes that of the output.
+
+        That is where both linears are fused, and nothing but GELU and that operator's kurtosis is made of the output.
+        """
+        others = [term for i, term in enumerate(self.loss_terms) if i != self.kurtosis_term and term.of == "output"]
+        if self.config.style == "llama" or any("mlp_in" in term.sites for term in others):
+            return None
+        return self.mlp_in.bias if fuses(self.mlp_in, x_BTD) and fuses(self.mlp_proj, x_BTD) else None
 
     def look_at(self, site: Site, y: Tensor, found: Found) -> Tensor:
         """Notes the other statistics of a linear and its output; returns the y to go on with."""

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from small_models import text_ids
-from test_parity import decoder, gradients, reference_gradients
+from test_parity import TERMS, decoder, gradients, reference_gradients
 
-from lit_actreg.config import QuantConfig
+from lit_actreg.config import SITES, QuantConfig
 from lit_actreg.parallel import checkpoint_blocks, compile_blocks
 from lit_actreg.quant.calibration import input_hessians
 from lit_actreg.quant.fused import fuses
@@ -27,21 +27,28 @@ def fused_decoder(style: str):
         pytest.param("neox", "checkpointed and compiled", marks=pytest.mark.slow),  # compiling takes 25 s
     ],
 )
-@pytest.mark.parametrize("sites", ["all", "mlp_in", "qkv"])
-def test_gradients_are_the_formulas(style, engine, sites):
-    """In float64; with one site quantized, a fused norm also meets a plain one."""
-    if sites != "all" and engine != "eager":
+@pytest.mark.parametrize("case", ["all", "mlp_in", "qkv", "seen"])
+def test_gradients_are_the_formulas(style, engine, case):
+    """In float64; with one site quantized, a fused norm also meets a plain one.
+
+    GELU's operator sums the bias's gradient of the linear before, unless a term sees that one's output, too.
+    """
+    if case != "all" and engine != "eager":
         pytest.skip("one graph is as good as another")
-    quant = QuantConfig() if sites == "all" else QuantConfig(sites=[sites])
+    quant = QuantConfig(sites=[case]) if case in SITES else QuantConfig()
+    kurtosis, _, weights = TERMS
+    terms = TERMS if case == "seen" else (kurtosis, weights)
     batch, plain, model = text_ids(4, 17), decoder(style), fused_decoder(style)
     plain.set_activations(quant)
     model.set_activations(quant)
-    expected = reference_gradients(plain, batch)
+    expected = reference_gradients(plain, batch, terms)
     if "checkpointed" in engine:
         checkpoint_blocks(model)
     if "compiled" in engine:
         compile_blocks(model)
-    found = gradients(model, (batch,))
+    found = gradients(model, (batch,), terms)
+    deferred = case == "all" and style == "neox"
+    assert [block.bias_for_gelu(torch.zeros(1)) is not None for block in model.blocks] == [deferred] * 2
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         if gradient is None:  # a clip of a site that is not quantized

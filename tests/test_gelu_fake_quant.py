@@ -19,9 +19,10 @@ from torch.nn import functional
 
 
 def backward(g, h, *rest):
-    """Of the activation alone: without kurtosis."""
+    """Of the activation alone: without kurtosis; of GELU's also the sums of dh."""
     no_kurtosis = (torch.empty(0, 4, device=DEVICE), torch.empty(0, device=DEVICE), 0, 0)
-    return gelu_fake_quant.activation_fake_quantize_backward(g, h, *clips(), *rest, *no_kurtosis)
+    gated, *_ = rest
+    return gelu_fake_quant.activation_fake_quantize_backward(g, h, *clips(), *rest, *no_kurtosis, not gated)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,20 +41,22 @@ def test_values_and_gradients(monkeypatch, dtype, bits, integer, masked, gated, 
     few_programs(monkeypatch, gelu_fake_quant)
     h, g = h.to(DEVICE), g.to(DEVICE)
     x_hat, *_ = gelu_fake_quant.activation_fake_quantize(h, *clips(), gated, bits, integer, 0, 0, 0.0)
-    dh, sums = backward(g, h, gated, bits, integer, masked)
+    dh, sums, bias = backward(g, h, gated, bits, integer, masked)
     assert x_hat.dtype == dh.dtype == dtype
     assert_near(x_hat, expected.detach(), dtype)
     assert_near(dh, wide.grad, dtype)
     for found, clip in zip(sums.sum(1), (low, high), strict=True):
         # a value next to a boundary of its own dtype may be stored one unit off, and is then worth another δ
         assert_sum_near(found, clip.grad, g.cpu(), dtype, bits)
+    if not gated:
+        assert_near(bias.sum(0), wide.grad.flatten(0, -2).sum(0), dtype)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_far_tails_are_finite(gated):
     h = torch.tensor([[-1e4, -60.0, -12.0, -0.0, 0.0, 12.0, 60.0, 1e4]], device=DEVICE)
     g = torch.ones(1, 4 if gated else 8, device=DEVICE)
-    dh, _ = backward(g, h, gated, 4, True, False)
+    dh, *_ = backward(g, h, gated, 4, True, False)
     assert dh.isfinite().all()
     if not gated:
         torch.testing.assert_close(dh.cpu(), torch.tensor([[0.0, 0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.0]]))
@@ -62,4 +65,4 @@ def test_far_tails_are_finite(gated):
 def test_sums_do_not_depend_on_the_run():
     h, g = torch.randn(2, 5, 3000, device=DEVICE)
     runs = [backward(g, h, False, 4, True, True) for _ in range(2)]
-    assert torch.equal(runs[0][1], runs[1][1])
+    assert all(torch.equal(*sums) for sums in zip(*runs, strict=True))

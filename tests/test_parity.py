@@ -70,11 +70,13 @@ def decoder(style: str) -> Decoder:
     return model
 
 
-def reference_gradients(model: Decoder, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+def reference_gradients(
+    model: Decoder, batch: torch.Tensor, terms: tuple[LossTerm, ...] = TERMS
+) -> dict[str, torch.Tensor]:
     """Of cross-entropy + λ Σ kurtosis of outputs and weights, from hooks and loops."""
     outputs: list[torch.Tensor] = []
     for block in model.blocks:
-        for site in (site for term in TERMS for site in term.sites if term.of == "output"):
+        for site in (site for term in terms for site in term.sites if term.of == "output"):
             getattr(block, site).register_forward_hook(lambda module, args, output: outputs.append(output))
     hidden, _ = model(batch[:, :-1])
     log_p = (hidden @ model.embedding.weight.t()).log_softmax(-1)
@@ -90,9 +92,11 @@ def reference_gradients(model: Decoder, batch: torch.Tensor) -> dict[str, torch.
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def gradients(model: Decoder, batches: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+def gradients(
+    model: Decoder, batches: tuple[torch.Tensor, ...], terms: tuple[LossTerm, ...] = TERMS
+) -> dict[str, torch.Tensor]:
     """As a training step computes them, the mean over batches."""
-    model.set_loss_terms(TERMS)
+    model.set_loss_terms(terms)
     for batch in batches:
         hidden, statistics = model(batch[:, :-1])
         loss = next_token_loss(model.head, hidden, batch[:, 1:]) + LAMBDA * statistics.sum()

@@ -27,8 +27,8 @@ def samples(looks=training_ops.NOWHERE):
     rms = (leaf(3, 32), leaf(32), None, low, high, 1e-5, True, *OPTIONS, *TYPES, *looks)
     return {
         "fake_quantize": (training_ops.fake_quantize, (leaf(3, 32), low, high, *OPTIONS)),
-        "gelu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, False, *OPTIONS, *looks)),
-        "swiglu": (training_ops._activation_fake_quantize, (leaf(3, 32), low, high, True, *OPTIONS, *looks)),
+        "gelu": (training_ops._activation_fake_quantize, (leaf(3, 32), leaf(32), low, high, False, *OPTIONS, *looks)),
+        "swiglu": (training_ops._activation_fake_quantize, (leaf(3, 32), None, low, high, True, *OPTIONS, *looks)),
         "swiglu alone": (training_ops.swiglu, (leaf(3, 32),)),
         "swiglu on tokens' grids": (training_ops._swiglu_fake_quantize_per_token, (leaf(3, 32), 4, 2, *looks)),
         "rotate": (view_ops._Rotate.apply, (leaf(4, 3, 32), *torch.randn(2, 3, 8, device=DEVICE), 2, 1, *looks)),
@@ -106,6 +106,15 @@ def test_activations_in_float64(gated):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_gelus_operator_sums_the_gradient_of_a_bias_that_was_detached():
+    torch.manual_seed(0)
+    x, bias, low, high = doubled(torch.randn(2, 7, 12) * 2, torch.randn(12), *clips(torch.float64, "cpu"))
+    y = formula(functional.gelu(x + bias), low, high, *OPTIONS)
+    expected = torch.autograd.grad(y.square().sum(), (x, bias))
+    y, _ = training_ops.gelu_fake_quantize(x + bias.detach(), low, high, *OPTIONS, bias=bias)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), (x, bias)), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["gelu", "swiglu", "swiglu on tokens' grids", "norm", "rotate"])
 @pytest.mark.parametrize(
     ("shape", "first", "step"), [((2, 9, 12), 2, 4), ((3, 8), 0, 1), ((2, 3, 5, 68), 1, 2), ((1, 3, 5200), 1, 2)]
@@ -128,6 +137,8 @@ def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted
             _, x_hat, _, kappa, terms, _ = whole(torch.ones_like(y), y, *rest)
             return x_hat, kappa, terms
 
+    elif name == "gelu":
+        rest[0] = leaf(shape[-1])  # bias
     elif name == "swiglu on tokens' grids" and shape[-1] == 5200:
         rest[1] = 26  # groups: the last tile has two of eight
     elif name == "rotate":
@@ -148,8 +159,11 @@ def test_kurtosis_comes_along(monkeypatch, name, shape, first, step, interpreted
     expected.backward()
     torch.testing.assert_close(kappa.cpu().double(), expected.detach(), rtol=1e-5, atol=0)
     alone = torch.autograd.grad(operator(h, *plain)[0], h, g)[0]
-    found = torch.autograd.grad((x_hat, kappa), h, (g, torch.tensor(30.0, device=DEVICE)))[0]
+    leaves = (h, rest[0]) if name == "gelu" else (h,)
+    found, *bias = torch.autograd.grad((x_hat, kappa), leaves, (g, torch.tensor(30.0, device=DEVICE)))
     torch.testing.assert_close((found - alone).cpu().double(), 30 * wide.grad, rtol=1e-4, atol=2e-5)
+    for gradient in bias:
+        torch.testing.assert_close(gradient, found.flatten(0, -2).sum(0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +214,8 @@ def test_mistakes_are_named():
         training_ops.fake_quantize(x.int(), low, high, *OPTIONS)
     with pytest.raises(ValueError, match="an even number"):
         training_ops.swiglu_fake_quantize(x[:, :3], low, high, *OPTIONS)
+    with pytest.raises(ValueError, match="is none of a linear"):
+        training_ops.gelu_fake_quantize(x, low, high, *OPTIONS, bias=weight[:3])
     with pytest.raises(ValueError, match="has no bias"):
         training_ops.add_norm_fake_quantize(x, x, weight, weight, *rest)
     with pytest.raises(ValueError, match="must have shape"):

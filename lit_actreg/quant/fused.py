@@ -34,11 +34,16 @@ def wide_norm(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 def norm_linear(
-    norm: nn.LayerNorm | nn.RMSNorm, linear: nn.Module, x: Tensor, y: Tensor | None, every_nth_token: int | None = None
+    norm: nn.LayerNorm | nn.RMSNorm,
+    linear: nn.Module,
+    x: Tensor,
+    y: Tensor | None,
+    every_nth_token: int | None = None,
+    detach_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x′ = x + y (None: zero) and linear(norm(x′)): [..., T, K] → [..., T, K], [..., T, N].
 
-    And the kurtosis of y, of one token in so many.
+    And the kurtosis of y, of one token in so many. ``detach_bias`` is for a ``linear`` that :func:`fuses`.
     """
     if not fuses(linear, x):
         kappa = None if every_nth_token is None else x.new_zeros((), dtype=torch.float32)
@@ -65,17 +70,22 @@ def norm_linear(
         out_dtype,
         looks=looks(x.shape[-2], every_nth_token),
     )
-    return x, linear.project(x_hat), kappa
+    return x, linear.project(x_hat, detach_bias), kappa
 
 
-def gelu_linear(linear: nn.Module, hidden: Tensor, every_nth_token: int | None) -> tuple[Tensor, Tensor | None]:
-    """linear(GELU(hidden)): [..., T, H] → [..., T, N]; and the kurtosis of ``hidden``, of one token in so many."""
+def gelu_linear(
+    linear: nn.Module, hidden: Tensor, every_nth_token: int | None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """linear(GELU(hidden)): [..., T, H] → [..., T, N]; and the kurtosis of ``hidden``, of one token in so many.
+
+    ``bias``, that of the linear before, which detached it, gets its gradient here if this one :func:`fuses`.
+    """
     if not fuses(linear, hidden):
         hidden, kappa = tap_token_kurtosis(hidden, every_nth_token)
         return linear(F.gelu(hidden)), kappa
     assert isinstance(linear, QuantLinear)
     q, where = linear.input_quantizer, looks(hidden.shape[-2], every_nth_token)
-    x_hat, kappa = training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), looks=where)
+    x_hat, kappa = training_ops.gelu_fake_quantize(hidden, q.low, q.high, *q.grid_options(), looks=where, bias=bias)
     return linear.project(x_hat), kappa
 
 

@@ -102,12 +102,13 @@ class QuantLinear(nn.Linear):
         num_groups(in_features, config.token_group_size if config.mode(site) == "token" else None, "token_group_size")
         self.input_quantizer = InputQuantizer(site, config, lower_bound)
 
-    def project(self, x_hat: Tensor) -> Tensor:
-        """W x̂ + b of an input that is on its grid already."""
+    def project(self, x_hat: Tensor, detach_bias: bool = False) -> Tensor:
+        """W x̂ + b of an input that is on its grid already; ``detach_bias``: b gets its gradient elsewhere."""
+        bias = self.bias.detach() if detach_bias else self.bias
         if not (x_hat.is_cuda and torch.is_autocast_enabled("cuda") and self.weight.dtype == torch.float32):
-            return F.linear(x_hat, self.weight, self.bias)
+            return F.linear(x_hat, self.weight, bias)
         dtype = torch.get_autocast_dtype("cuda")
-        return narrow_linear(x_hat.to(dtype), self.weight, self.bias)
+        return narrow_linear(x_hat.to(dtype), self.weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.input_quantizer(x))
