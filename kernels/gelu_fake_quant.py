@@ -35,9 +35,8 @@ from lit_actreg_kernels.grid import code_range
 from lit_actreg_kernels.kurtosis import add_if_wanted, empty_tiles, joined, look_if_wanted, share_of, terms_of
 from torch import Tensor
 
-_BLOCK = 1024
-_FORWARD_WARPS = 2  # 16 elements a thread: what is done once a thread takes as long as 5 elements do
-_BACKWARD_BLOCK, _BACKWARD_WARPS = 512, 2  # 8 elements a thread: one 16-byte access of each bfloat16 tensor
+_FORWARD_BLOCK, _FORWARD_WARPS = 1024, 2  # 16 elements a thread: what is done once a thread takes as long as 5 do
+_BACKWARD_BLOCK, _GATED_BLOCK = 512, 1024  # measured; 8 elements a thread: one 16-byte access of each bfloat16 tensor
 _PROGRAMS_PER_PROCESSOR = 64  # many more than run at once: those that are done first make room for others
 
 
@@ -172,7 +171,7 @@ def activation_fake_quantize(
     """
     x_hat = h.new_empty((*h.shape[:-1], h.shape[-1] // 2)) if gated else torch.empty_like(h)
     rows, width = _rows(h, gated)
-    num_tiles = triton.cdiv(width, _BLOCK)
+    num_tiles = triton.cdiv(width, _FORWARD_BLOCK)
     tiles = empty_tiles(h, num_tiles, first, step)
     if x_hat.numel():
         visible(_forward_kernel)[(rows * num_tiles,)](
@@ -188,7 +187,7 @@ def activation_fake_quantize(
             gated,
             *code_range(bits),
             integer_zero_point,
-            BLOCK=_BLOCK,
+            BLOCK=_FORWARD_BLOCK,
             num_warps=_FORWARD_WARPS,
         )
     return x_hat, *joined(tiles, h.shape[-1], eps)
@@ -216,7 +215,8 @@ def activation_fake_quantize_backward(
     """
     dh = torch.empty_like(h)
     rows, width = _rows(h, gated)
-    num_tiles = triton.cdiv(width, _BACKWARD_BLOCK)
+    block = _GATED_BLOCK if gated else _BACKWARD_BLOCK
+    num_tiles = triton.cdiv(width, block)
     strips = max(1, programs_for(h.device, _PROGRAMS_PER_PROCESSOR) // max(1, num_tiles))
     clips = h.new_empty((2, num_tiles * strips), dtype=torch.float32)
     bias = h.new_empty((strips if has_bias else 0, width), dtype=torch.float32)
@@ -243,7 +243,7 @@ def activation_fake_quantize_backward(
         q_max,
         integer_zero_point,
         masked,
-        BLOCK=_BACKWARD_BLOCK,
-        num_warps=_BACKWARD_WARPS,
+        BLOCK=block,
+        num_warps=block // 256,
     )
     return dh, clips, bias
