@@ -175,6 +175,13 @@ class NoBarriers(Callback):
         raise AssertionError("a barrier in a training step")
 
 
+class OnFusedOperators(Callback):
+    """As a GPU runs it."""
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.model.set_fused(True)
+
+
 class LopsidedClips(Callback):
     """Clips ±c, where all start, have the zero point −½: an integer one is then the toss of a rounding error."""
 
@@ -192,6 +199,7 @@ def fit(
     variant: str,
     steps: int = 20,
     calibrated: bool = False,
+    fused: bool = False,
     model: dict[str, Any] | None = None,
     resume_from: Path | None = None,
     save_to: Path | None = None,
@@ -206,7 +214,8 @@ def fit(
     validation = {"limit_val_batches": 100, "val_check_interval": 10, "check_val_every_n_epoch": None}
     penalties = [KurtosisRegularization(weight), WeightPenalty(100 * weight)]
     engine = trainer(
-        [TakesSigterm(), LopsidedClips(), *penalties, clips, LossGuard(), monitor, losses, NoBarriers()],
+        [TakesSigterm(), LopsidedClips(), *penalties, clips, LossGuard(), monitor, losses, NoBarriers()]
+        + [OnFusedOperators()] * fused,
         steps,
         **validation,
         **options,
@@ -288,6 +297,11 @@ def test_two_processes(distributed, references, strategy, variant):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_on_fused_operators(distributed, references, strategy):
+    assert_same_training(distributed[f"{strategy} fused"], references["QAT + kurtosis"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_with_checkpointing_and_accumulated_batches(corpus, distributed, strategy):
     assert_same_training(distributed[f"{strategy} recipe"], fit(corpus, "QAT + kurtosis", model={"style": "llama"}))
 
@@ -336,6 +350,7 @@ def main(corpus: Path, cases: str, output: Path) -> None:
         results |= {f"{name} {variant}": both(variant) for variant in VARIANTS}
         results[f"{name} recipe"] = both("QAT + kurtosis", model=RECIPE, accumulate_grad_batches=2)
         results[f"{name} calibrated"] = both("QAT", calibrated=True)
+        results[f"{name} fused"] = both("QAT + kurtosis", fused=True)
         if name == "fsdp2":
             shards = output.with_name("shards.ckpt")
             both("QAT + kurtosis", steps=10, save_to=shards)
