@@ -139,7 +139,7 @@ def visible(kernel: Any) -> Any:
 
 @functools.cache
 def programs_for(device: torch.device, per_processor: int) -> int:
-    """How many programs share the tiles of a backward pass, whatever the shape."""
+    """How many programs share the tiles of a backward pass, however many rows there are."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return per_processor * processors
 

@@ -1,7 +1,7 @@
 """The fused fake-quantizing operators of training, as PyTorch operators with gradients (namespace ``lit_actreg``).
 
     fake_quantize             x → x̂
-    gelu_fake_quantize        h → x̂ of GELU(h), κ̄ of h; and the gradient of the bias in h
+    gelu_fake_quantize        h → x̂ of GELU(h), κ̄ of h; backwards also for the bias of the linear before
     swiglu_fake_quantize      h = [gate, up] → x̂ of silu(gate) · up, κ̄ of h
     swiglu_fake_quantize_per_token                  the same on tokens' grids
     add_norm_fake_quantize    x, y → x′ = x + y, x̂ of norm(x′), κ̄ of y
@@ -122,7 +122,7 @@ def _activation_fake_quantize(
         check_halves(h, "h")
     if bias is not None:
         fits = not gated and bias.shape == h.shape[-1:]
-        check(fits, f"bias {list(bias.shape)} is none of a linear that gives h {list(h.shape)} to GELU")
+        check(fits, f"bias {list(bias.shape)} does not fit h {list(h.shape)}: one value a column, with SwiGLU none")
     function, looks = implementation(h, "gelu_fake_quant").activation_fake_quantize, (first, step, eps)
     x_hat, kappa, terms = function(h.contiguous(), low, high, gated, bits, integer_zero_point, *looks)
     return x_hat, kappa.sum(), terms
@@ -156,9 +156,9 @@ def _keep_activation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 
 def _backward_of_activation(ctx: Any, g: Tensor, d_kappa: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dtype = ctx.bias_dtype
-    dh, clips, bias = _activation_backward(g, *ctx.saved_tensors, d_kappa, *ctx.options, dtype is not None)
-    return dh, None if dtype is None else bias.sum(0).to(dtype), *_clip_gradients(ctx, clips), *[None] * 7
+    has_bias = ctx.needs_input_grad[1]
+    dh, clips, d_bias = _activation_backward(g, *ctx.saved_tensors, d_kappa, *ctx.options, has_bias)
+    return dh, d_bias.sum(0).to(ctx.bias_dtype) if has_bias else None, *_clip_gradients(ctx, clips), *[None] * 7
 
 
 _activation_fake_quantize.register_autograd(_backward_of_activation, setup_context=_keep_activation)
@@ -174,8 +174,8 @@ def gelu_fake_quantize(
 
     Args:
         arguments: low, high, bits, integer_zero_point, masked.
-        bias: Of the linear that gave h, [H], if that added it *detached*: its gradient, that of h summed over tokens,
-            then comes from here, where h's is written. Right as long as nothing else is made of h.
+        bias: Of the linear that gave h, [H]. Only if that added it *detached*, and nothing else is made of h: its
+            gradient, that of h summed over tokens, then comes from here, where h's is written.
     """
     low, high, *grid = arguments
     x_hat, kappa, _ = _activation_fake_quantize(h, bias, low, high, False, *grid, *looks)

@@ -90,7 +90,7 @@ def activation_fake_quantize_backward(
     step: int,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh in the dtype of h; dc⁻, dc⁺ [2, 1]; the sum of dh over tokens [1, H], or [0, H] if not ``has_bias``."""
+    """dh in the dtype of h; dc⁻, dc⁺ [2, 1]; if ``has_bias``, its gradient [1, H], else [0, H]."""
     wide = _wide(h)
     y = _wide(_activation(wide, gated).to(h.dtype))
     dy, clips = _straight_through(y, _wide(g), low, high, bits, integer_zero_point, masked)
@@ -100,8 +100,8 @@ def activation_fake_quantize_backward(
     dh = dy * (cumulative + wide * torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi))
     if step:
         add_kurtosis_gradient(dh, h, terms, d_kappa, first, step)
-    bias = dh.flatten(0, -2).sum(0, keepdim=True) if has_bias else dh.new_empty((0, dh.shape[-1]))
-    return dh.to(h.dtype), clips, bias
+    rows = dh.reshape(-1, dh.shape[-1])
+    return dh.to(h.dtype), clips, rows.sum(0, keepdim=True) if has_bias else rows[:0].clone()
 
 
 def swiglu_fake_quantize_per_token(

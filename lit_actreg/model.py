@@ -153,14 +153,17 @@ class Block(nn.Module):
         return None if i is None or site not in self.loss_terms[i].sites else self.loss_terms[i].every_nth_token
 
     def bias_for_gelu(self, x_BTD: Tensor) -> Tensor | None:
-        """The bias of "mlp_in", if GELU's operator is to sum its gradient, in the pass that writes that of the output.
+        """The bias of "mlp_in" where GELU's operator sums its gradient; None where "mlp_in" itself does.
 
-        That is where both linears are fused, and nothing but GELU and that operator's kurtosis is made of the output.
+        The operator writes the whole gradient of that linear's output if both linears are fused and no other loss term
+        looks at the output; then it can sum it over tokens on the way.
         """
-        others = [term for i, term in enumerate(self.loss_terms) if i != self.kurtosis_term and term.of == "output"]
-        if self.config.style == "llama" or any("mlp_in" in term.sites for term in others):
-            return None
-        return self.mlp_in.bias if fuses(self.mlp_in, x_BTD) and fuses(self.mlp_proj, x_BTD) else None
+        fused = self.config.style == "neox" and fuses(self.mlp_in, x_BTD) and fuses(self.mlp_proj, x_BTD)
+        seen = any(
+            i != self.kurtosis_term and term.of == "output" and "mlp_in" in term.sites
+            for i, term in enumerate(self.loss_terms)
+        )
+        return self.mlp_in.bias if fused and not seen else None
 
     def look_at(self, site: Site, y: Tensor, found: Found) -> Tensor:
         """Notes the other statistics of a linear and its output; returns the y to go on with."""

@@ -97,7 +97,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def few_programs(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
-    """From here on a backward pass of the module has three programs, so that each walks over several tiles."""
+    """From here on a backward pass of the module has three programs or one a tile of a row: each walks over several."""
     monkeypatch.setattr(module, "programs_for", lambda *_: 3)
 
 

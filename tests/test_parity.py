@@ -180,6 +180,7 @@ class OnFusedOperators(Callback):
 
     def on_fit_start(self, trainer, pl_module):
         pl_module.model.set_fused(True)
+        assert all(block.bias_for_gelu(torch.zeros(1)) is not None for block in pl_module.model.blocks)
 
 
 class LopsidedClips(Callback):

@@ -43,9 +43,11 @@ def norm_linear(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x′ = x + y (None: zero) and linear(norm(x′)): [..., T, K] → [..., T, K], [..., T, N].
 
-    And the kurtosis of y, of one token in so many. ``detach_bias`` is for a ``linear`` that :func:`fuses`.
+    And the kurtosis of y, of one token in so many. With ``detach_bias`` the linear's bias gets its gradient from
+    :func:`gelu_linear`: only where both fuse.
     """
     if not fuses(linear, x):
+        assert not detach_bias
         kappa = None if every_nth_token is None else x.new_zeros((), dtype=torch.float32)
         if y is not None:
             y, kappa = tap_token_kurtosis(y, every_nth_token)
@@ -78,9 +80,10 @@ def gelu_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """linear(GELU(hidden)): [..., T, H] → [..., T, N]; and the kurtosis of ``hidden``, of one token in so many.
 
-    ``bias``, that of the linear before, which detached it, gets its gradient here if this one :func:`fuses`.
+    ``bias`` is that of the linear before if it was detached there; then its gradient comes from here.
     """
     if not fuses(linear, hidden):
+        assert bias is None
         hidden, kappa = tap_token_kurtosis(hidden, every_nth_token)
         return linear(F.gelu(hidden)), kappa
     assert isinstance(linear, QuantLinear)
