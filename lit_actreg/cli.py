@@ -190,6 +190,11 @@ class ActRegCLI(LightningCLI):
         if is_artifact(Path(path)) and (subcommand == "fit" or self.config[subcommand].model.quant is not None):
             what = "a fit starts from others" if subcommand == "fit" else "its activations are part of it"
             raise ValueError(f"{path} is quantized, {what}: name the checkpoint that it was made from")
+        if several and self.config[subcommand].model.quant is not None:
+            raise ValueError("every checkpoint of a table brings its own quantization: leave model.quant out")
+        if subcommand in ("validate", "test", "table") and options.data.context > info.shape.context:
+            known = f"the {info.shape.context} tokens that {path} was trained on"
+            rank_zero_warn(f"data.context {options.data.context} is more than {known}")
         reads_text = subcommand != "quantize"  # which says itself where its method does
         if reads_text and info.tokenizer is None and options.data.tokenizer is None:
             raise ValueError(f"{path} has no tokenizer.json: name its tokenizer with --data.tokenizer")
@@ -217,7 +222,9 @@ class ActRegCLI(LightningCLI):
             wanted, learned = QuantConfig(**options.model.quant), info.quant or QuantConfig(activations="none")
             unlearned = sorted(set(wanted.clipped_sites) - set(learned.clipped_sites))
             if unlearned and not (info.quant is None and subcommand == "quantize"):  # which says what to do about it
-                raise ValueError(f"{path} has no clips at {unlearned}: its model.quant is {as_plain(learned)}")
+                have = f"with clips at {learned.clipped_sites}" if learned.clipped_sites else "without clips"
+                mend = 'model.quant.activations "token", or quantize with calibrate'
+                raise ValueError(f"{path} has no clips at {unlearned}, it was trained {have}: use {mend}")
         if info.folder is not None and not several and subcommand != "fit":
             options.model.init_from, options.ckpt_path = path, None
         rank_zero_info(f"Shape, vocabulary and tokenizer come from {path}")
@@ -244,6 +251,8 @@ def one_line(message: str) -> str:
     noise = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     said = " ".join(line for line in lines if line and not line.startswith(noise))
+    said = said.replace("Expected a <class 'list'>", "expected a list, '[…, …]'")
+    said = said.replace("Expected a <class 'dict'>", "expected names and values, '{name: …}'")
     if said.startswith('Parser key "quantizer": Expected a dot import path'):
         said += f" (or one of {', '.join(sorted(kind.__name__ for kind in Quantizer.__subclasses__()))})"
     return said

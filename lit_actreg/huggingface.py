@@ -209,7 +209,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: it has no config.json: name a local Hugging Face checkpoint") from None
+        last = [file for file in (path / "last.ckpt", path / "checkpoints/last.ckpt") if file.exists()]
+        what = last[0] if last else "a local Hugging Face checkpoint"
+        raise FileNotFoundError(f"{path}: it has no config.json: name {what}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}/config.json is not JSON ({error}): download it again") from None
     if not isinstance(config, dict):

@@ -84,8 +84,10 @@ class LitLanguageModel(LightningModule):
         temperature: float = 0.8,
     ) -> None:
         super().__init__()
-        if new_tokens < 1 or temperature < 0:
-            raise ValueError(f"model.new_tokens {new_tokens}, temperature {temperature}: use 1 or more, 0 or more")
+        if new_tokens < 1:
+            raise ValueError(f"model.new_tokens {new_tokens}: use 1 or more")
+        if not temperature >= 0:
+            raise ValueError(f"model.temperature {temperature}: use 0 (the likeliest token) or more")
         # Plain values, or the checkpoint would not load with weights_only. A resumed fit sets its own shape.
         shape = ModelConfig(**shape) if isinstance(shape, dict) else shape
         quant = QuantConfig(**quant) if isinstance(quant, dict) else quant or QuantConfig()

@@ -39,13 +39,19 @@ def stored_quant_config(
     if quant.activations == "static" and quant.clipped_sites and quant.zero_point == "real":
         if not round_zero_point:
             raise ValueError(
-                'the model was trained with zero_point "real", which no checkpoint format can hold: set '
-                'round_zero_point to move each to the nearest integer, or train with zero_point "integer"'
+                'the model has zero_point "real", which no checkpoint format can hold: set round_zero_point to move '
+                'each to the nearest integer, or train with zero_point "integer"'
             )
         return replace(quant, zero_point="integer"), ["zero points were rounded: inputs differ from those in training"]
     if quant.activations in ("static", "token") and quant.sites:
         return quant, []
-    reason = f'the model\'s activations are "{quant.activations}"' if quant.sites else "the model has no quantized site"
+    reasons = {
+        "none": 'the model\'s activations are "none"; model.quant.activations "token" or calibrate quantizes them too',
+        "clamp": 'the model\'s activations are "clamp", and nothing clamps now; model.quant.activations "static" makes '
+        "grids of the clips",
+    }
+    unheld = f'the model\'s activations are "{quant.activations}", which no checkpoint format holds'
+    reason = reasons.get(quant.activations, unheld) if quant.sites else "the model has no quantized site"
     return replace(quant, activations="none"), [f"WEIGHTS ONLY (16-bit activations): {reason}"]
 
 

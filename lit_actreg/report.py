@@ -41,7 +41,10 @@ def report_table(report: dict[str, Any]) -> str:
 def print_report(report: dict[str, Any]) -> None:
     """Table, memory, and then what must not be overlooked: weights only, fallbacks, layers worse than RTN."""
     print(report_table(report))
-    print("error: ‖(W − Ŵ)X̂‖² / ‖WX̂‖² over the calibration tokens; weight's: ‖W − Ŵ‖² / ‖W‖²")
+    if any("error" in line for line in report["layers"]):
+        print(f"error: ‖(W − Ŵ)X̂‖² / ‖WX̂‖² over {report['calibration_tokens']} calibration tokens")
+    if any("weight_error" in line for line in report["layers"]):
+        print("weight's: ‖W − Ŵ‖² / ‖W‖²")
     memory = ", ".join(f"{name.replace('_', ' ')} {size / 2**20:.1f}" for name, size in report["memory_bytes"].items())
     total = sum(report["memory_bytes"].values()) / 2**20
     print(f"expected memory (MiB): {memory}; all together {total:.1f}")

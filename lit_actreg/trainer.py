@@ -60,7 +60,7 @@ class ActRegTrainer(Trainer):
                 the weights alone for GPTQModel and the like, with 16-bit activations.
             round_zero_point: Move zero points of a model trained with real ones to the nearest integers.
             calibrate: Set static clips from the calibration text by this method, for a model that was not trained with
-                clips; null keeps learned ones, and dynamic per-token grids where there are none.
+                clips; null keeps the activations that model.quant says.
             overwrite: Replace a quantized checkpoint that is already in the output folder.
             dry_run: Print layers, groups, kernels, memory and expected time, refuse what cannot work, write nothing.
         """
@@ -129,6 +129,12 @@ class ActRegTrainer(Trainer):
         if another_process_does_it():
             return
         assert isinstance(datamodule, TextDataModule)
+        plugin = self.precision_plugin
+        if type(plugin).__module__.startswith("lightning.") and plugin.precision != "32-true":
+            raise ValueError(
+                f"trainer.precision {plugin.precision}: a table is computed in float32; leave it out, or give "
+                "trainer.plugins W4A4Precision, whose dtype is that of the integer models"
+            )
         paths = {str(name): Path(path) for name, path in checkpoints.items()}
         refuse(paths, quantizers, calibration_tokens, datamodule.cache_dir)  # what it would after packing
         datamodule.prepare_data()

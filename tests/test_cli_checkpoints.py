@@ -28,6 +28,7 @@ from lit_actreg.huggingface import huggingface_config, to_huggingface
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NORM = "model.norm.weight"
+TABLE = "table --checkpoints='{{a: {checkpoint}}}' --quantizers='[{{class_path: RTN}}]'"
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +89,10 @@ def test_a_command_that_a_signal_ends_has_its_status(monkeypatch, made, capsys, 
         ),
         ("quantize --quantizer RTN --ckpt_path {corpus}/000.txt --output out", "is not a checkpoint of lit-actreg"),
         ("quantize --quantizer RTN --ckpt_path {corpus} --output out", "config.json"),
+        ("validate --ckpt_path {checkpoint}/../..", "checkpoints/last.ckpt"),
+        ("table --checkpoints {checkpoint} --quantizers RTN", "expected names and values, '{name: …}'"),
+        (f"{TABLE} --model.quant.activation_bits 8", "brings its own quantization: leave model.quant out"),
+        (f"{TABLE} --trainer.precision bf16-true", "a table is computed in float32"),
         ("quantize --quantizer RTN --ckpt_path {artifact} --output out", "is quantized already"),
         (
             "quantize --quantizer RTN --ckpt_path {checkpoint} --model.init_from {artifact} --output out",
@@ -157,7 +162,10 @@ def test_sites_without_learned_clips_are_not_given_any(made, capsys):
     command = f"--ckpt_path x.ckpt --data.source {made['corpus']} --model.quant.per_token_sites [] {QUIET}"
     for subcommand in ("validate", "quantize --quantizer RTN --output out"):
         found = mistake(capsys, f"{subcommand} {command}")
-        assert found.startswith("x.ckpt has no clips at ['mlp_proj']: its model.quant is {'activations': 'static'")
+        assert found.startswith(
+            "x.ckpt has no clips at ['mlp_proj'], it was trained with clips at ['qkv', 'attn_proj', "
+        )
+        assert found.endswith('use model.quant.activations "token", or quantize with calibrate')
 
 
 @pytest.mark.parametrize("in_a_file", [False, True])
@@ -229,6 +237,34 @@ def test_fit_quantize_validate_is_what_the_fixture_ran(made, capsys):
     where = f"--data.source={made['corpus']} --data.cache_dir={made['folder']}/cache --data.valid_share=0.1"
     main(shlex.split(f"validate --ckpt_path={made['artifact']} {where} --data.context={CONTEXT} {QUIET}"))
     assert "val/perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+@pytest.mark.parametrize("option", ["", "--model.quant.per_token_sites=[mlp_proj]", "--model.quant.activations=none"])
+def test_an_artifact_is_what_it_holds_at_any_precision(made, precision, option, capsys):
+    """Grids and biases stay float32 where Lightning casts a module: the same perplexity but for what is between."""
+    data = f"--data.source={made['corpus']} --data.cache_dir={made['folder']}/cache --data.valid_share=0.1"
+    data += f" --data.context={CONTEXT} --data.batch_size=4 --data.num_workers=0 {QUIET}"
+    main(shlex.split(f"quantize --quantizer=RTN --ckpt_path={made['checkpoint']} --output=out {option} {data}"))
+    found = []
+    for given in (precision, "32-true"):
+        capsys.readouterr()
+        main(shlex.split(f"validate --ckpt_path=out --trainer.precision={given} {data}"))
+        found.append(float(re.search(r"val/perplexity\D+([\d.]+)", capsys.readouterr().out)[1]))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    model = read_artifact(Path("out")).to(torch.bfloat16)
+    stored = read_artifact(Path("out")).blocks[0].qkv
+    assert model.embedding.weight.dtype == torch.bfloat16
+    assert all(torch.equal(kept, stored.get_buffer(name)) for name, kept in model.blocks[0].qkv.named_buffers())
+
+
+@pytest.mark.parametrize("num_tokens", [CONTEXT, CONTEXT + 1])
+def test_sequences_longer_than_those_of_training_are_said(made, num_tokens, recwarn):
+    where = f"--data.source={made['corpus']} --data.cache_dir={made['folder']}/cache --data.valid_share=0.1"
+    command = f"validate --ckpt_path={made['checkpoint']} --data.batch_size=4 {where} {QUIET}"
+    main(shlex.split(f"{command} --data.context={num_tokens} --trainer.limit_val_batches=1"))
+    said = f"data.context {num_tokens} is more than the {CONTEXT} tokens that"
+    assert any(str(warning.message).startswith(said) for warning in recwarn) == (num_tokens > CONTEXT)
 
 
 def test_the_monitor_sees_an_artifacts_inputs_on_integer_kernels(made):

@@ -7,6 +7,8 @@ fake-quantized layer computed in training with Ŵ in place of W. It is the refer
 (plugins/w4a4_precision.py), and it is what runs where they cannot serve.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from lit_actreg_kernels import grid
@@ -94,6 +96,15 @@ class QuantizedLinear(nn.Module):
         low, high = quantizer.low.detach().float(), quantizer.high.detach().float()
         scale, zero_point = grid.grid_from_clips(low, high, quantizer.bits)
         return cls(weight, bias, "static", quantizer.bits, scale, zero_point.to(torch.int8))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Moves to a device; a change of dtype (Lightning's bf16-true) leaves grids and bias as they are stored."""
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in stored.items():
+            if buffer is not None and self.get_buffer(name).dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self.codes.device)
+        return self
 
     def dequantized_weight(self) -> Tensor:
         """Ŵ, float32 [N, K]."""
