@@ -244,13 +244,14 @@ def import_plugins() -> None:
 def one_line(message: str) -> str:
     """An error's message as one line, without jsonargparse's account of the other types that did not fit either.
 
-    Of a data worker's, which comes with a traceback, its own message.
+    Of a data worker's, which comes with a traceback, its own message. Python's types and objects in words.
     """
     if found := re.match(r"Caught (\w+) in DataLoader worker", message):
         message = message.rpartition(f"\n{found[1]}: ")[2]
     noise = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     said = " ".join(line for line in lines if line and not line.startswith(noise))
+    said = re.sub(r"<[\w.]*\.(\w+) object at 0x\w+>", r"\1", said)
     said = said.replace("Expected a <class 'list'>", "expected a list, '[…, …]'")
     said = said.replace("Expected a <class 'dict'>", "expected names and values, '{name: …}'")
     if said.startswith('Parser key "quantizer": Expected a dot import path'):
