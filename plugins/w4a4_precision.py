@@ -83,12 +83,11 @@ class W4A4Precision(Precision):
             raise ValueError("W4A4Precision found no quantized linear: give `validate` a folder that `quantize` wrote")
         fuse_blocks(module)
         num_fused = sum(isinstance(part, Int4Block) for part in module.modules())
-        for part in module.modules():  # the quantized layers' scales stay float32
+        for part in module.modules():
             if type(part) is Decoder:  # FSDP2 has made a sharded one another class, which it must stay
                 replay(part)
-            if not isinstance(part, QuantizedLinear | Int4Linear):
-                for parameter in part.parameters(recurse=False):
-                    parameter.data = parameter.data.to(self.dtype)
+        for parameter in module.parameters():  # the quantized layers have none: their scales stay float32
+            parameter.data = parameter.data.to(self.dtype)
         reasons = "".join(f"; {count} stay in float: {reason}" for reason, count in obstacles.items())
         rank_zero_info(f"W4A4Precision: {num_linears} linears on integer kernels, {num_fused} blocks fused{reasons}")
         return module
